@@ -1,0 +1,1 @@
+"""The lake, the cache tiers and their policies. Knows nothing of FUSE."""

@@ -1,0 +1,85 @@
+"""The control socket: JSON lines over a Unix socket, one request each connection.
+
+Request:  {"verb": "status", ...}\n
+Replies:  any number of {"progress": {"done": int, "total": int, "unit": "bytes"}}\n
+          then one of {"result": ...}\n or {"error": "one line"}\n
+
+The socket's mode is 0600 and the server checks the peer's uid (its own, or root).
+
+Verbs (paths are relative to the mount's root, "" is the root):
+
+status                     -> the stable keys of `sluice status --json`
+ls      {"paths": [...], "recursive": bool, "limit": int}
+                           -> {"entries": [{"path", "kind": "file"|"directory", "size_bytes", "tier": str|null,
+                               "cached_bytes", "hits", "last_used_s": float|null (unix), "victim_rank": int|null}],
+                               "errors": [{"path", "error"}], "truncated": bool}
+evict   {"paths": [...]}   -> {"objects": int, "bytes": int, "errors": [{"path", "error"}]}
+hidden  {"limit": int}     -> {"count": int, "keys": [{"key", "reason"}]}
+drain   {}                 -> with progress: moves what DRAM holds to the NVMe tiers; {"bytes": int}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cache.errors import SluiceError
+
+REQUEST_BYTES_MAX = 16 << 20
+
+
+class NotMounted(SluiceError):
+    """No SluiceFS mount answers for this directory."""
+
+
+def runtime_directory() -> Path:
+    """Return the directory of the control sockets of this user's mounts (mode 0700)."""
+    if os.geteuid() == 0:
+        return Path("/run/sluice")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "sluice" if runtime else Path(f"/tmp/sluice-{os.geteuid()}")
+
+
+def socket_path(mountpoint: Path) -> Path:
+    """Return the control socket's path for an absolute, resolved *mountpoint*."""
+    name = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
+    return runtime_directory() / f"{name}.sock"
+
+
+def call(
+    mountpoint: Path,
+    verb: str,
+    *,
+    on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
+    timeout_s: float | None = 60.0,
+    **arguments: Any,
+) -> Any:
+    """Return the result of *verb* from the mount at *mountpoint*, blocking.
+
+    Raises NotMounted when nobody listens, and SluiceError with the server's own line.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(str(socket_path(mountpoint)))
+        except OSError as error:
+            raise NotMounted(f"{mountpoint}: no SluiceFS is mounted there ({error.strerror})") from error
+        try:
+            connection.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                for line in lines:
+                    reply = json.loads(line)
+                    if "progress" in reply:
+                        on_progress(reply["progress"])
+                    elif "error" in reply:
+                        raise SluiceError(reply["error"])
+                    else:
+                        return reply["result"]
+        except OSError as error:
+            raise SluiceError(f"{mountpoint}: the mount stopped answering ({error})") from error
+    raise SluiceError(f"{mountpoint}: the mount closed the connection without an answer")

@@ -1,0 +1,61 @@
+"""The one exception tree. `fusefs/operations.py` maps it to errno, `tools/cli.py` to exit statuses."""
+
+
+class SluiceError(Exception):
+    """Anything that went wrong and has a one-line explanation in `str(error)`."""
+
+
+class UsageError(SluiceError):
+    """Bad input. The text names the option or file, the value, and the mend. Exit status 2."""
+
+
+class LakeError(SluiceError):
+    """The lake refused or failed."""
+
+
+class LakeUnavailable(LakeError):
+    """Network failure, time-out or 5xx. The same request may succeed later; retried."""
+
+
+class SlowDown(LakeUnavailable):
+    """The lake asks for fewer requests (503 SlowDown, 429). Retried after a longer wait."""
+
+
+class TruncatedBody(LakeUnavailable):
+    """Fewer bytes arrived than were promised. Retried; never passed on as a short file."""
+
+
+class ObjectMissing(LakeError):
+    """There is no such key (404). Never retried."""
+
+
+class ObjectChanged(LakeError):
+    """The object no longer has the ETag that was asked for (412). Never retried."""
+
+
+class ObjectExists(LakeError):
+    """A conditional create found the key taken (412 on If-None-Match). Never retried."""
+
+
+class AccessDenied(LakeError):
+    """The credentials do not allow this (403), or the object is archived. Never retried."""
+
+
+class LakeMisconfigured(LakeError):
+    """No such bucket, wrong region, wrong credentials, bad TLS, endpoint that is no S3. Never retried."""
+
+
+class CacheError(SluiceError):
+    """The cache directory failed. A read that meets this asks the lake instead."""
+
+
+class CacheFull(CacheError):
+    """No space could be made for the bytes: budget, free-space guard or ENOSPC."""
+
+
+class BlockCorrupt(CacheError):
+    """A block's checksum does not match its bytes: drop it and fetch it again."""
+
+
+class MoverUnavailable(SluiceError):
+    """The mover did not answer and could not be reached again in time."""

@@ -1,0 +1,109 @@
+"""What the rest of the project asks of an object store.
+
+All verbs block and may be called from many threads at once. Keys are relative to the lake's
+prefix, never start with "/" because of us, and are `str` with surrogate escapes for bytes that
+are no UTF-8. No verb retries: `policy/retry.py` decides that, for the caller. Each verb raises
+only `cache.errors.LakeError` and its subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from cache.model import ObjectInfo, ObjectVersion
+
+Body = bytes | memoryview  # Read-only, contiguous, one byte an item.
+
+
+@dataclass(frozen=True, slots=True)
+class ListPage:
+    """One page of a listing. *prefixes* end in "/"; *next_token* is None on the last page."""
+
+    objects: list[ObjectInfo]
+    prefixes: list[str]
+    next_token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One uploaded part of a multipart upload; *number* counts from 1."""
+
+    number: int
+    etag: str
+    size_bytes: int
+
+
+class Lake(Protocol):
+    url: str
+    part_bytes_min: int  # Of every part but the last.
+
+    def check(self) -> None:
+        """Raise the LakeError that a mount would meet first: bucket, credentials, region, TLS."""
+
+    def list_page(
+        self,
+        prefix: str,
+        *,
+        delimiter: bool,
+        token: str | None = None,
+        start_after: str = "",
+        keys_max: int = 1000,
+    ) -> ListPage:
+        """Return one page of the keys below *prefix*, in the lake's own order.
+
+        With *delimiter*, keys with a "/" after *prefix* are rolled up into `prefixes`. Pass the
+        last page's `next_token` as *token* to go on. A prefix with no keys gives an empty page.
+        """
+
+    def head(self, key: str) -> ObjectInfo:
+        """Return the object's version, time and metadata. Raises ObjectMissing, AccessDenied."""
+
+    def get_range(self, version: ObjectVersion, offset: int, length: int) -> Body:
+        """Return exactly the *length* bytes at *offset* of this very version (If-Match).
+
+        The range lies within the version's size and is not empty. Raises ObjectChanged when
+        the key now holds another version, ObjectMissing, and TruncatedBody rather than
+        return fewer bytes.
+        """
+
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> ObjectInfo:
+        """Store *body* atomically. Raises ObjectChanged (*if_match*), ObjectExists (*if_none_match*)."""
+
+    def start_multipart(self, key: str, *, metadata: Mapping[str, str] | None = None) -> str:
+        """Return the upload id. The caller completes or aborts it."""
+
+    def put_part(self, key: str, upload_id: str, number: int, body: Body) -> Part: ...
+
+    def list_parts(self, key: str, upload_id: str) -> list[Part]:
+        """Return the parts stored so far, by number. Raises ObjectMissing for an unknown upload."""
+
+    def complete_multipart(
+        self,
+        key: str,
+        upload_id: str,
+        parts: Iterable[Part],
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> ObjectInfo: ...
+
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """Forget the upload and its parts. An unknown upload is no error."""
+
+    def copy(self, source: ObjectVersion, key: str) -> ObjectInfo:
+        """Copy on the lake's side, metadata included. Raises ObjectChanged, ObjectMissing."""
+
+    def delete_many(self, keys: Iterable[str]) -> dict[str, LakeError]:
+        """Delete the keys (any number); return those that failed. A missing key is no failure."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The filesystem that the kernel talks to: supervisor, workers and POSIX verbs."""
