@@ -1,1 +1,313 @@
-"""Placeholder to be written: supervise()."""
+"""The supervisor: mounts, performs the INIT handshake once, forks the others and replaces the dead.
+
+It holds the listening sockets and the device, so a worker or a mover that dies takes nothing with
+it. It runs no event loop and no thread of its own, so forking is safe at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from fusefs import channel
+
+NO_CHANNEL = channel.load()  # Before pyfuse3 is imported, which binds to it.
+
+import pyfuse3  # noqa: E402
+import trio  # noqa: E402
+
+from cache import errors  # noqa: E402
+from cache.config import MountConfig  # noqa: E402
+from cache.counters import Counters  # noqa: E402
+from cache.errors import SluiceError  # noqa: E402
+from cache.mover import TierPlan  # noqa: E402
+from cache.server import Listeners  # noqa: E402
+from cache.store import CacheStore, note_owner, open_store  # noqa: E402
+from cache.tier import TierFiles  # noqa: E402
+from fusefs import device, mover_process, single, tiers  # noqa: E402
+from fusefs.operations import Operations  # noqa: E402
+from fusefs.worker import run_worker  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 1024
+_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_RESTART_S_MAX = 5.0
+_LIVED_LONG_S = 10.0
+
+
+@dataclass
+class Child:
+    """A process to keep alive. *row*: its row of counters. *failures*: deaths soon after a start."""
+
+    name: str
+    row: int
+    start: Callable[[], NoReturn]
+    pid: int = 0
+    started_s: float = 0.0
+    failures: int = 0
+    due_s: float | None = None  # When it is to be started again.
+
+
+@dataclass
+class Mount:
+    """What the supervisor holds for one mount, in the order in which it was acquired."""
+
+    config: MountConfig
+    store: CacheStore
+    plans: list[TierPlan]
+    listeners: Listeners
+    counters: Counters
+    features: dict[str, dict[str, object]]
+    device: int = -1
+    children: list[Child] = field(default_factory=list)
+    unmounted: bool = False
+
+
+def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
+    """Serve the mount until it is unmounted or SIGTERM; return the exit status.
+
+    Calls *announce* once the mount answers. Raises SluiceError when it can't be started, with
+    nothing mounted and no process left.
+    """
+    if config.workers > 1 and NO_CHANNEL is not None:
+        log.warning("one worker instead of %d: %s", config.workers, NO_CHANNEL)
+    store = open_store(config)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        note_owner(store, f"mounted on {config.mountpoint} by process {os.getpid()}")
+        features: dict[str, dict[str, object]] = {}
+        plans = tiers.lay_out(config, store, features)
+        with mover_process.listening(config) as listeners:
+            mount = Mount(config, store, plans, listeners, Counters(max(1, config.workers) + 1), features)
+            if config.workers == 0:
+                return single.run(config, plans, mount.counters, listeners, features, store, announce)
+            return _run(mount, announce)
+    finally:
+        tiers.take_down(config)
+        store.release()
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _run(mount: Mount, announce: Callable[[], None]) -> int:
+    _note_features(mount)
+    mover = Child("mover", 0, lambda: _become_mover(mount, first=False, report=-1))
+    try:
+        mover.pid = _start_first_mover(mount)
+        mover.started_s = time.monotonic()
+        operations = _mount_and_shake_hands(mount)
+        workers = 1 if NO_CHANNEL is not None else max(1, mount.config.workers)
+        mount.children = [
+            Child(f"worker {number}", number, lambda row=number: _become_worker(mount, operations, row))  # type: ignore[misc]
+            for number in range(1, workers + 1)
+        ]
+        for child in mount.children:
+            _start(mount, child)
+        mount.children.append(mover)
+        os.statvfs(mount.config.mountpoint)  # The first request: the mount answers.
+        announce()
+        _watch(mount)
+    finally:
+        status = _stop(mount, mover)
+    return status
+
+
+def _note_features(mount: Mount) -> None:
+    mount.features["several_workers"] = {
+        "on": NO_CHANNEL is None and mount.config.workers > 1,
+        "reason": NO_CHANNEL or f"--workers {mount.config.workers}",
+    }
+    mount.features["passthrough"] = {"on": False, "reason": "not in this version"}
+
+
+def _start_first_mover(mount: Mount) -> int:
+    """Fork the mover and wait until it has checked the lake. Raises what it raised."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        _become_mover(mount, first=True, report=writing)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        line = pipe.read().decode(errors="replace")
+    if line == "ready":
+        return pid
+    os.waitpid(pid, 0)
+    name, _, text = line.partition(" ")
+    kind = getattr(errors, name, SluiceError) if name else SluiceError
+    raise kind(text or "the mover died while it started; see the log")
+
+
+def _become_mover(mount: Mount, *, first: bool, report: int) -> NoReturn:
+    """Be the mover from here on, in a forked child."""
+    if mount.device >= 0:
+        os.close(mount.device)  # A mount whose device is open anywhere does not end.
+    _forget_signals()
+    status = mover_process.run(
+        mount.config, mount.plans, mount.counters, mount.listeners, mount.features, first=first, report=report
+    )
+    logging.shutdown()
+    os._exit(status)
+
+
+def _become_worker(mount: Mount, operations: Operations, row: int) -> NoReturn:
+    """Be a worker from here on, in a forked child. Ends with 0 when the mount is gone."""
+    _forget_signals()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    status = 1
+    try:
+        files = [TierFiles(plan.name, plan.path, is_memory=plan.is_memory) for plan in mount.plans]
+        path = mover_process.worker_socket_path(mount.config)
+        trio.run(run_worker, operations, mount.config, files, str(path), mount.counters.row(row))
+        status = 0
+    except BaseException:
+        log.exception("worker %d ends", row)
+    logging.shutdown()
+    os._exit(status)
+
+
+def _forget_signals() -> None:
+    """Undo the supervisor's mask. Ctrl-C in a terminal goes to all; the supervisor acts on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _mount_and_shake_hands(mount: Mount) -> Operations:
+    config = mount.config
+    source = config.lake.url
+    mount.device = device.mount_device(
+        source, config.mountpoint, read_only=config.read_only, allow_other=config.allow_other
+    )
+    handshake = trio.Event()
+    operations = Operations(config, lambda: handshake.set())
+    pyfuse3.init(operations, f"/dev/fd/{mount.device}", set())
+    operations.counters = mount.counters.row(0)
+    trio.run(_shake_hands, handshake)
+    os.set_blocking(mount.device, NO_CHANNEL is not None)
+    return operations
+
+
+async def _shake_hands(handshake: trio.Event) -> None:
+    """Answer INIT, and nothing else.
+
+    pyfuse3 calls `init` and writes the reply in one step without a checkpoint, so once this task
+    runs again the reply is out, and the session's tasks are cancelled before they read on.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main)
+        with trio.fail_after(30):
+            await handshake.wait()
+        nursery.cancel_scope.cancel()
+
+
+def _start(mount: Mount, child: Child) -> None:
+    child.due_s, child.started_s = None, time.monotonic()
+    child.pid = os.fork()
+    if child.pid == 0:
+        child.start()
+
+
+def _watch(mount: Mount) -> None:
+    """Replace what dies, until the mount is gone or somebody wants us to stop."""
+    if failure := device.set_read_ahead(mount.config.mountpoint, READ_AHEAD_KIB):
+        log.info("the kernel reads ahead 128 KiB only: %s", failure)
+    mount.features["kernel_read_ahead"] = {
+        "on": failure is None,
+        "reason": failure or f"{READ_AHEAD_KIB} KiB",
+    }
+    while not mount.unmounted:
+        due = [child.due_s for child in mount.children if child.due_s is not None]
+        wait_s = max(0.01, min(due) - time.monotonic()) if due else 3600.0
+        received = signal.sigtimedwait(_SIGNALS, wait_s)
+        if received is not None and received.si_signo in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            log.info("signal %d: unmounting", received.si_signo)
+            return
+        _reap(mount)
+        for child in mount.children:
+            if child.due_s is not None and child.due_s <= time.monotonic() and not mount.unmounted:
+                _start(mount, child)
+                if child.name != "mover":
+                    device.resend_requests(mount.device)
+
+
+def _reap(mount: Mount) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        for child in mount.children:
+            if child.pid == pid:
+                child.pid = 0
+                _note_death(mount, child, os.waitstatus_to_exitcode(status))
+
+
+def _note_death(mount: Mount, child: Child, code: int) -> None:
+    if code == 0 and child.name != "mover":
+        mount.unmounted = True  # The kernel told the worker so.
+        return
+    now_s = time.monotonic()
+    child.failures = 0 if now_s - child.started_s > _LIVED_LONG_S else child.failures + 1
+    wait_s = min(_RESTART_S_MAX, 0.05 * 2 ** max(0, child.failures - 2)) if child.failures > 1 else 0.0
+    child.due_s = now_s + wait_s
+    how = f"signal {-code}" if code < 0 else f"status {code}"
+    log.warning(
+        "%s ended with %s; it is replaced%s", child.name, how, f" in {wait_s:.1f} s" if wait_s else ""
+    )
+
+
+def _stop(mount: Mount, mover: Child) -> int:
+    """Unmount, end all children, and mark the cache clean if the mover ended well."""
+    if mount.device >= 0:
+        if not mount.unmounted:
+            _unmount(mount)
+        os.close(mount.device)
+    workers = [child for child in mount.children if child.pid and child is not mover]
+    _end(workers, signal.SIGTERM, patience_s=10)
+    if not mover.pid:
+        return 1
+    with suppress(ProcessLookupError):
+        os.kill(mover.pid, signal.SIGTERM)
+    _, status = os.waitpid(mover.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        log.error("the mover ended with status %d", os.waitstatus_to_exitcode(status))
+        return 1
+    try:
+        mount.store.mark_clean()
+    except (SluiceError, OSError) as error:
+        log.warning("the cache can't be marked clean (%s); it is checked at the next mount", error)
+    return 0
+
+
+def _unmount(mount: Mount) -> None:
+    try:
+        device.unmount(mount.config.mountpoint)
+    except OSError as error:
+        log.warning("%s: %s; detached, open files are cut off", mount.config.mountpoint, error.strerror)
+        with suppress(OSError):
+            device.unmount(mount.config.mountpoint, lazy=True)
+
+
+def _end(children: list[Child], with_signal: int, patience_s: float) -> None:
+    """Wait for children to end by themselves; signal those that take longer."""
+    deadline_s = time.monotonic() + patience_s
+    for child in children:
+        while child.pid:
+            pid, _ = os.waitpid(child.pid, os.WNOHANG)
+            if pid:
+                child.pid = 0
+            elif time.monotonic() > deadline_s:
+                os.kill(child.pid, with_signal)
+                with_signal = signal.SIGKILL
+                deadline_s = time.monotonic() + 2
+            else:
+                signal.sigtimedwait({signal.SIGCHLD}, 0.05)

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from cache.errors import LakeError
 from cache.model import ObjectInfo, ObjectVersion
 
-Body = bytes | memoryview  # Read-only, contiguous, one byte an item.
+Body = bytes | bytearray | memoryview  # Read-only, contiguous, one byte an item.
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,218 @@
+"""What the admin commands ask of the mover: see `cache/control.py` for the verbs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from cache.errors import SluiceError, UsageError
+from cache.model import ROOT_INODE, Inode
+from cache.mover import Mover
+from cache.records import Node, VersionRow
+
+Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+_LS_LIMIT_MAX = 100_000
+_RANKED = 100_000  # How deep the order of leaving is looked at.
+
+
+class Admin:
+    """Answers the control socket. *features*: name -> {"on": bool, "reason": str}."""
+
+    def __init__(self, mover: Mover, features: dict[str, Any], supervisor_pid: int) -> None:
+        self._mover = mover
+        self._features = features
+        self._supervisor_pid = supervisor_pid
+
+    async def handle(self, request: dict[str, Any], progress: Progress) -> Any:
+        """Return the verb's result, as JSON values. Raises SluiceError."""
+        match request["verb"]:
+            case "status":
+                return self.status()
+            case "ls":
+                limit = min(int(request.get("limit", 1000)), _LS_LIMIT_MAX)
+                return await self._ls(request["paths"], bool(request.get("recursive")), limit)
+            case "evict":
+                return await self._evict(request["paths"], progress)
+            case "hidden":
+                return self._hidden(int(request.get("limit", 1000)))
+            case "drain":
+                return await self._drain(progress)
+            case verb:
+                raise UsageError(f"no such verb: {verb}")
+
+    def status(self) -> dict[str, Any]:
+        mover, config = self._mover, self._mover.config
+        totals = mover.counters.totals()
+        pids = mover.counters.pids()
+        return {
+            "mountpoint": str(config.mountpoint),
+            "lake": config.lake.url,
+            "endpoint_url": config.lake.endpoint_url,
+            "profile": "auto",
+            "read_only": config.read_only,
+            "immutable": config.immutable,
+            "ttl_s": config.ttl_s,
+            "uptime_s": round(time.time() - mover.started_at_s, 1),
+            "features": self._features,
+            "processes": {
+                "supervisor": self._supervisor_pid,
+                "workers": [pid for pid in pids if pid],
+                "mover": os.getpid(),
+            },
+            "tiers": [
+                {
+                    "name": tier.name,
+                    "path": str(tier.files.path),
+                    "used_bytes": tier.budget.used_bytes,
+                    "size_bytes": tier.budget.size_bytes,
+                    "objects": len(tier.policy),
+                    "policy": tier.policy.name,
+                }
+                for tier in mover.residency.tiers
+            ],
+            "lake_io": {
+                "bytes_fetched": mover.lake_io.bytes_fetched,
+                "bytes_sent": mover.lake_io.bytes_sent,
+                "requests": {
+                    verb: mover.lake_io.requests[verb]
+                    for verb in ("list", "head", "get", "put", "copy", "delete")
+                },
+                "retries": mover.lake_io.retries,
+                "failing_for_s": mover.lake_io.failing_for_s(),
+                "flights": mover.fetcher.flights_under_way,
+            },
+            "reads": {
+                "bytes_by_source": {
+                    "dram": totals["bytes_dram"],
+                    "nvme": totals["bytes_nvme"],
+                    "lake": totals["bytes_lake"] + totals["bytes_through"],
+                },
+                "requests": {name: totals[name] for name in ("requests", "opens", "reads", "lookups")},
+                "waits": totals["waits"],
+                "wait_s": totals["wait_us"] / 1e6,
+                "errors": totals["errors"],
+                "corrupt_blocks": totals["corrupt_blocks"],
+            },
+            "moved_bytes": {
+                "demoted": mover.residency.demoted_bytes,
+                "evicted": mover.residency.evicted_bytes,
+            },
+            "namespace": mover.index.entries(),
+            "dirty_bytes": 0,
+            "uploads": {"waiting": 0, "under_way": 0, "failed": 0},
+            "sets": [],
+        }
+
+    async def _resolve(self, path: str) -> tuple[Inode, Node]:
+        """Return the inode that *path* shows. Raises UsageError when there is none."""
+        index = self._mover.index
+        inode, node = ROOT_INODE, index.node(ROOT_INODE)
+        assert node is not None
+        for name in os.fsencode(path).split(b"/"):
+            if name in (b"", b"."):
+                continue
+            found = index.child(inode, name)
+            if found is None and node.is_directory and await self._mover.lister.lookup(inode, name):
+                found = index.child(inode, name)
+            if found is None:
+                raise UsageError(f"{path}: no such file or directory")
+            inode, node = found
+        return inode, node
+
+    def _below(self, inode: Inode, node: Node, path: str, *, deep: bool) -> Iterator[tuple[Inode, Node, str]]:
+        """Yield (inode, node, path) of the file, or of what the directory holds."""
+        if not node.is_directory:
+            yield inode, node, path
+            return
+        after = b""
+        while entries := self._mover.index.children(inode, after, 1000):
+            for child, child_node in entries:
+                child_path = (
+                    f"{path}/{os.fsdecode(child_node.name)}" if path else os.fsdecode(child_node.name)
+                )
+                if deep and child_node.is_directory:
+                    yield from self._below(child, child_node, child_path, deep=True)
+                else:
+                    yield child, child_node, child_path
+            after = entries[-1][1].name
+
+    async def _ls(self, paths: list[str], recursive: bool, limit: int) -> dict[str, Any]:
+        entries: list[dict[str, Any]] = []
+        errors: list[dict[str, str]] = []
+        ranks = self._ranks()
+        for path in paths:
+            try:
+                inode, node = await self._resolve(path)
+                if node.is_directory:
+                    await self._mover.lister.list_directory(inode)
+            except SluiceError as error:
+                errors.append({"path": path, "error": str(error)})
+                continue
+            for _, child, child_path in self._below(inode, node, path.strip("/"), deep=recursive):
+                if len(entries) >= limit:
+                    return {"entries": entries, "errors": errors, "truncated": True}
+                entries.append(self._entry(child, child_path, ranks))
+        return {"entries": entries, "errors": errors, "truncated": False}
+
+    def _ranks(self) -> dict[bytes, int]:
+        """Return version id -> how many items of its tier leave before it (0: the next)."""
+        ranks: dict[bytes, int] = {}
+        for tier in self._mover.residency.tiers:
+            for rank, item in enumerate(tier.policy.order(_RANKED)):
+                ranks.setdefault(item[:16], rank)
+        return ranks
+
+    def _entry(self, node: Node, path: str, ranks: dict[bytes, int]) -> dict[str, Any]:
+        row = None if node.is_directory else self._mover.index.version(node.vid)
+        entry: dict[str, Any] = {
+            "path": path,
+            "kind": "directory" if node.is_directory else "file",
+            "size_bytes": node.size_bytes,
+            "tier": None,
+            "cached_bytes": 0,
+            "hits": 0,
+            "last_used_s": None,
+            "victim_rank": None,
+        }
+        if row is not None:
+            usage = self._mover.residency.usage(node.vid, row)
+            entry["tier"] = self._mover.residency.tiers[row.tier].name
+            entry["cached_bytes"] = self._cached_bytes(node.vid, row)
+            entry["hits"], entry["last_used_s"] = usage.hits, usage.last_used_s
+            entry["victim_rank"] = ranks.get(node.vid)
+        return entry
+
+    def _cached_bytes(self, vid: bytes, row: VersionRow) -> int:
+        if row.whole:
+            return row.size_bytes
+        groups = self._mover.index.groups_of(vid)
+        return sum(group.present_bytes(number, row.size_bytes) for number, group in groups)
+
+    async def _evict(self, paths: list[str], progress: Progress) -> dict[str, Any]:
+        objects = freed_bytes = 0
+        errors: list[dict[str, str]] = []
+        for path in paths:
+            try:
+                inode, node = await self._resolve(path)
+            except SluiceError as error:
+                errors.append({"path": path, "error": str(error)})
+                continue
+            for _, child, _ in list(self._below(inode, node, path, deep=True)):
+                freed = await self._mover.residency.drop_version(child.vid) if child.vid else 0
+                objects += freed > 0
+                freed_bytes += freed
+        return {"objects": objects, "bytes": freed_bytes, "errors": errors}
+
+    def _hidden(self, limit: int) -> dict[str, Any]:
+        count, keys = self._mover.index.hidden(limit)
+        return {"count": count, "keys": [{"key": os.fsdecode(hid.key), "reason": hid.reason} for hid in keys]}
+
+    async def _drain(self, progress: Progress) -> dict[str, Any]:
+        moved = 0
+        async for done, total in self._mover.residency.drain_dram():
+            moved = done
+            await progress({"done": done, "total": total, "unit": "bytes"})
+        return {"bytes": moved}

@@ -1,0 +1,133 @@
+"""A worker's line to the mover. It outlives movers: what was not answered is asked again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from cache import messages
+from cache.errors import MoverUnavailable
+from cache.messages import Answer
+
+log = logging.getLogger(__name__)
+
+_RECEIVE_BYTES = 256 << 10
+_RECONNECT_S = 0.05
+_ANSWER_S_MAX = 600.0  # The mover gives up on the lake long before; this is for a mover that hangs.
+
+OnInvalidate = Callable[[list[tuple[int, bytes]]], None]
+
+
+class MoverClient(Protocol):
+    async def ask(self, request: messages.Request) -> Answer:
+        """Return the answer. Raises what the mover raised, or MoverUnavailable."""
+
+    def tell(self, request: messages.Request) -> None:
+        """Send what needs no answer; it may be lost when the mover dies."""
+
+
+class SocketMoverClient:
+    """The client over a Unix socket. `run` must be started before the first request."""
+
+    def __init__(self, path: str, on_invalidate: OnInvalidate) -> None:
+        self._path = path
+        self._on_invalidate = on_invalidate
+        self._asked: dict[int, tuple[messages.Request, trio.Event]] = {}
+        self._answers: dict[int, Answer] = {}
+        self._number = 0
+        self._out = bytearray()
+        self._wake = trio.Event()
+
+    async def ask(self, request: messages.Request) -> Answer:
+        self._number += 1
+        number, arrived = self._number, trio.Event()
+        self._asked[number] = (request, arrived)
+        self._send(messages.Asked(number, request))
+        try:
+            with trio.fail_after(_ANSWER_S_MAX):
+                await arrived.wait()
+        except trio.TooSlowError as error:
+            raise MoverUnavailable(f"the mover did not answer in {_ANSWER_S_MAX:.0f} s") from error
+        finally:
+            del self._asked[number]
+        answer = self._answers.pop(number)
+        if answer.error:
+            messages.raise_failure(answer)
+        return answer
+
+    def tell(self, request: messages.Request) -> None:
+        self._send(messages.Asked(0, request))
+
+    def _send(self, asked: messages.Asked) -> None:
+        self._out += messages.frame(asked)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Keep the connection up, for ever."""
+        while True:
+            try:
+                stream = await trio.open_unix_socket(self._path)
+            except OSError:
+                await trio.sleep(_RECONNECT_S)
+                continue
+            self._ask_again()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, stream)
+                    await self._read(stream)
+                    nursery.cancel_scope.cancel()
+            finally:
+                await trio.aclose_forcefully(stream)
+            log.info("the mover is gone; waiting for the next one (%d requests open)", len(self._asked))
+
+    def _ask_again(self) -> None:
+        """Forget what was on its way, and send all that is unanswered on the new connection."""
+        self._out.clear()
+        for number, (request, _) in self._asked.items():
+            self._out += messages.frame(messages.Asked(number, request))
+        self._wake.set()
+
+    async def _read(self, stream: trio.SocketStream) -> None:
+        reader = messages.FrameReader()
+        try:
+            while chunk := await stream.receive_some(_RECEIVE_BYTES):
+                for packed in reader.feed(chunk):
+                    self._take(messages.decode_from_mover(packed))
+        except trio.BrokenResourceError:
+            return
+
+    def _take(self, message: messages.FromMover) -> None:
+        if isinstance(message, messages.Invalidate):
+            self._on_invalidate(message.entries)
+        elif message.number in self._asked:
+            self._answers[message.number] = message
+            self._asked[message.number][1].set()
+
+    async def _write(self, stream: trio.SocketStream) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            out, self._out = self._out, bytearray()
+            try:
+                await stream.send_all(out)
+            except trio.BrokenResourceError:
+                return  # `_read` sees it too.
+
+
+class LocalMoverClient:
+    """The same without a socket, for `--workers 0`: requests are function calls."""
+
+    def __init__(
+        self, handle: Callable[[messages.Request], Awaitable[Answer]], nursery: trio.Nursery
+    ) -> None:
+        self._handle = handle
+        self._nursery = nursery
+
+    async def ask(self, request: messages.Request) -> Answer:
+        return await self._handle(request)
+
+    def tell(self, request: messages.Request) -> None:
+        self._nursery.start_soon(self._handle, request)

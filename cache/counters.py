@@ -1,0 +1,57 @@
+"""Counters in shared memory: each process adds to its own row, `totals` sums them all.
+
+The memory is mapped before the fork. A row has one writer at a time and 64-bit stores do not
+tear, so no lock is needed. A process that replaces a dead one goes on with its row.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+NAMES = (
+    "requests",  # FUSE requests of any kind.
+    "opens",
+    "reads",
+    "lookups",
+    "bytes_dram",  # READ bytes by where they were found.
+    "bytes_nvme",
+    "bytes_lake",  # The reader waited for the lake.
+    "bytes_through",  # Passed through without being cached.
+    "waits",  # Requests that waited for the lake, and for how long in all.
+    "wait_us",
+    "errors",
+    "corrupt_blocks",
+    "pid",
+)
+_PLACE = {name: place for place, name in enumerate(NAMES)}
+
+
+class Counters:
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._memory = mmap.mmap(-1, rows * len(NAMES) * 8)
+        self._cells = memoryview(self._memory).cast("Q")
+
+    def row(self, number: int) -> CounterRow:
+        start = number * len(NAMES)
+        return CounterRow(self._cells[start : start + len(NAMES)])
+
+    def totals(self) -> dict[str, int]:
+        width = len(NAMES)
+        cells = self._cells.tolist()
+        return {name: sum(cells[place::width]) for name, place in _PLACE.items() if name != "pid"}
+
+    def pids(self) -> list[int]:
+        """Return the pid in each row; 0 where no process has written it."""
+        return self._cells.tolist()[_PLACE["pid"] :: len(NAMES)]
+
+
+class CounterRow:
+    def __init__(self, cells: memoryview[int]) -> None:
+        self._cells = cells
+
+    def add(self, name: str, amount: int = 1) -> None:
+        self._cells[_PLACE[name]] += amount
+
+    def set(self, name: str, value: int) -> None:
+        self._cells[_PLACE[name]] = value

@@ -1,0 +1,178 @@
+"""Brings object versions into the tiers: one flight for each block, however many wait for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from cache.errors import CacheError, CacheFull, SluiceError
+from cache.index import Index
+from cache.lake.base import Body
+from cache.lake_io import LakeIO
+from cache.model import (
+    BLOCK_BYTES,
+    GROUP_BLOCKS,
+    SMALL_OBJECT_BYTES_MAX,
+    GroupIndex,
+    ObjectVersion,
+    block_count,
+    ceil_div,
+)
+from cache.policy.readahead import RANDOM_FETCH_BYTES, SequentialReadAhead
+from cache.records import range_mask
+from cache.residency import Residency
+
+log = logging.getLogger(__name__)
+
+FlightKey = tuple[bytes, GroupIndex]
+
+
+@dataclass(eq=False)
+class Flight:
+    """The one fetch of some blocks of a group. *error* is set before *landed*."""
+
+    mask: int
+    landed: trio.Event = field(default_factory=trio.Event)
+    error: SluiceError | None = None
+
+
+class Fetcher:
+    """Starts flights in *nursery*, which must outlive every reader."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        lake: LakeIO,
+        index: Index,
+        residency: Residency,
+        readahead: SequentialReadAhead,
+        ahead_flights_max: int,
+    ) -> None:
+        self._nursery = nursery
+        self._lake = lake
+        self._index = index
+        self._residency = residency
+        self._readahead = readahead
+        self._ahead_slots = trio.CapacityLimiter(ahead_flights_max)
+        # Invariant: the masks of one key's flights are disjoint, and disjoint from what is present.
+        self._flights: dict[FlightKey, list[Flight]] = {}
+
+    async def fetch(self, version: ObjectVersion, offset: int, length: int) -> None:
+        """Return when the bytes are resident. Raises LakeError, CacheFull and CacheError.
+
+        A cancelled caller leaves the flights to the others.
+        """
+        if version.size_bytes == 0:
+            return
+        if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+            await self._await_all(self._join(version, range(block_count(version.size_bytes)), demand=True))
+            return
+        self.read_seen(version, offset, length, stalled=True)
+        end = min(version.size_bytes, max(offset + length, _random_end(offset)))
+        wanted = range(offset // BLOCK_BYTES, ceil_div(min(end, offset + length), BLOCK_BYTES))
+        flights = self._join(version, wanted, demand=True)
+        self._join(version, range(wanted.stop, ceil_div(end, BLOCK_BYTES)), demand=False)
+        await self._await_all(flights)
+
+    def read_seen(self, version: ObjectVersion, offset: int, length: int, *, stalled: bool) -> None:
+        """Tell the read-ahead of a read, and start what it asks for."""
+        ahead = self._readahead.read(version.id, offset, length, version.size_bytes, stalled=stalled)
+        if ahead is not None:
+            blocks = range(ahead.start // BLOCK_BYTES, ceil_div(ahead.stop, BLOCK_BYTES))
+            self._join(version, blocks, demand=False)
+
+    async def read_through(self, version: ObjectVersion, offset: int, length: int) -> Body:
+        """Return bytes that can't be cached, straight from the lake."""
+        get = partial(self._lake.get, version, offset, length)
+        return await self._lake.retrying("get", version.key, partial(self._lake.run, get))
+
+    @property
+    def flights_under_way(self) -> int:
+        return sum(len(flights) for flights in self._flights.values())
+
+    async def _await_all(self, flights: list[Flight]) -> None:
+        for flight in flights:
+            await flight.landed.wait()
+            if flight.error is not None:
+                raise flight.error
+
+    def _join(self, version: ObjectVersion, blocks: range, *, demand: bool) -> list[Flight]:
+        """Return the flights that bring the missing ones of *blocks*, starting those not under way.
+
+        No await in here: two readers must not both start one.
+        """
+        if not blocks:
+            return []
+        vid, joined = version.id, []
+        groups = range(blocks.start // GROUP_BLOCKS, (blocks.stop - 1) // GROUP_BLOCKS + 1)
+        row, rows = self._index.residence(vid, groups)
+        if row is not None and row.whole:
+            return []
+        for number, group in zip(groups, rows, strict=True):
+            start = number * GROUP_BLOCKS
+            first, last = max(blocks.start - start, 0), min(blocks.stop - start, GROUP_BLOCKS) - 1
+            missing = range_mask(first, last) & ~(group.present if group is not None else 0)
+            key = (bytes(vid), GroupIndex(number))
+            for flight in self._flights.get(key, []):
+                if flight.mask & missing:
+                    joined.append(flight)
+                    missing &= ~flight.mask
+            while missing:
+                run = _lowest_run(missing)
+                missing &= ~run
+                joined.append(self._start(version, key, run, demand))
+        return joined
+
+    def _start(self, version: ObjectVersion, key: FlightKey, mask: int, demand: bool) -> Flight:
+        flight = Flight(mask)
+        self._flights.setdefault(key, []).append(flight)
+        self._nursery.start_soon(self._fly, version, key, flight, demand)
+        return flight
+
+    async def _fly(self, version: ObjectVersion, key: FlightKey, flight: Flight, demand: bool) -> None:
+        try:
+            if demand:
+                await self._fill(version, key[1], flight.mask, demand=True)
+            else:
+                async with self._ahead_slots:
+                    await self._fill(version, key[1], flight.mask, demand=False)
+        except SluiceError as error:
+            flight.error = error
+            if isinstance(error, CacheError) and not isinstance(error, CacheFull):
+                log.warning("%s: can't be cached (%s), read from the lake", version.key, error)
+        except BaseException:
+            flight.error = SluiceError("the mover is stopping")
+            raise
+        finally:  # No await from here to set(): who comes now must see index and flights agree.
+            self._flights[key].remove(flight)
+            if not self._flights[key]:
+                del self._flights[key]
+            flight.landed.set()
+
+    async def _fill(self, version: ObjectVersion, group: GroupIndex, mask: int, *, demand: bool) -> None:
+        first = (mask & -mask).bit_length() - 1 + group * GROUP_BLOCKS
+        blocks = range(first, mask.bit_length() + group * GROUP_BLOCKS)
+        offset = blocks.start * BLOCK_BYTES
+        length = min(blocks.stop * BLOCK_BYTES, version.size_bytes) - offset
+        get = partial(self._lake.get, version, offset, length)
+        fill: Callable[[], Awaitable[None]]
+        if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+            fill = partial(self._residency.fill_whole, version, get, demand=demand)
+        else:
+            fill = partial(self._residency.fill_blocks, version, blocks, get, demand=demand)
+        await self._lake.retrying("get", version.key, fill)
+
+
+def _random_end(offset: int) -> int:
+    """Return where the fetch for a lone read at *offset* ends: a boundary, at least that far on."""
+    return ceil_div(offset + 1, RANDOM_FETCH_BYTES) * RANDOM_FETCH_BYTES
+
+
+def _lowest_run(mask: int) -> int:
+    """Return the lowest run of adjacent set bits of *mask*."""
+    lowest = mask & -mask
+    return mask & ~(mask + lowest)

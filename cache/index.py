@@ -1,0 +1,344 @@
+"""The index: namespace, block maps and residence in one LMDB environment.
+
+Only the mover writes; workers read, each call in a short transaction of its own. Commits are not
+synced: the index can be rebuilt. An environment is opened after the fork, once in each process.
+
+  meta         b"next_inode", b"lake", b"boot", b"clean"
+  nodes        inode -> Node
+  children     parent inode + name -> inode
+  directories  inode -> DirectoryState          (absent: never listed)
+  detached     inode -> b""                     (nodes whose path shows another inode now)
+  hidden       parent inode + hash -> HiddenKey
+  versions     version id -> VersionRow
+  groups       version id + group -> Group
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+
+from cache.errors import CacheError, UsageError
+from cache.model import KIND_DIRECTORY, ROOT_INODE, GroupIndex, Inode, VersionId
+from cache.records import (
+    DirectoryState,
+    Group,
+    HiddenKey,
+    Node,
+    VersionRow,
+    as_inode,
+    as_vid,
+    child_key,
+    decode_directory,
+    decode_hidden,
+    decode_node,
+    decode_version,
+    encode,
+    group_key,
+    hidden_key,
+    inode_key,
+)
+
+MAP_BYTES = 1 << 38  # Address space, not memory: room for some 10**9 keys.
+_NAMES = ("meta", "nodes", "children", "directories", "detached", "hidden", "versions", "groups")
+
+
+class Index:
+    """The environment and its readers. Use `write()` for changes."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open or create. Raises UsageError when the disk refuses, CacheError when it is corrupt."""
+        self.path = directory / "index.lmdb"
+        try:
+            self.env = lmdb.open(
+                str(self.path),
+                map_size=MAP_BYTES,
+                max_dbs=len(_NAMES),
+                max_readers=1024,
+                max_spare_txns=8,
+                sync=False,
+                metasync=False,
+                readahead=False,
+            )
+            self._dbs = {name: self.env.open_db(name.encode()) for name in _NAMES}
+        except lmdb.Error as error:
+            raise _opening_error(directory, error) from error
+        self._nodes = self._dbs["nodes"]
+        self._children = self._dbs["children"]
+
+    def close(self) -> None:
+        self.env.close()
+
+    # Namespace
+
+    def node(self, inode: int) -> Node | None:
+        with self.env.begin() as txn:
+            packed = txn.get(inode_key(inode), db=self._nodes)
+        return None if packed is None else decode_node(packed)
+
+    def child(self, parent: int, name: bytes) -> tuple[Inode, Node] | None:
+        with self.env.begin() as txn:
+            packed = txn.get(child_key(parent, name), db=self._children)
+            if packed is None:
+                return None
+            node = txn.get(packed, db=self._nodes)
+        assert node is not None, (parent, name)
+        return as_inode(packed), decode_node(node)
+
+    def children(self, parent: int, after: bytes, limit: int) -> list[tuple[Inode, Node]]:
+        """Return up to *limit* entries in byte order, from the first one behind *after* on."""
+        found: list[tuple[Inode, Node]] = []
+        prefix = inode_key(parent)
+        with self.env.begin() as txn, txn.cursor(db=self._children) as cursor:
+            go_on = cursor.set_range(prefix + after)
+            if go_on and after and cursor.key() == prefix + after:
+                go_on = cursor.next()
+            while go_on and len(found) < limit:
+                key, packed = cursor.item()
+                if key[:8] != prefix:
+                    break
+                node = txn.get(packed, db=self._nodes)
+                assert node is not None, key
+                found.append((as_inode(packed), decode_node(node)))
+                go_on = cursor.next()
+        return found
+
+    def directory(self, inode: int) -> DirectoryState | None:
+        with self.env.begin() as txn:
+            packed = txn.get(inode_key(inode), db=self._dbs["directories"])
+        return None if packed is None else decode_directory(packed)
+
+    def is_detached(self, inode: int) -> bool:
+        """Return whether the path of *inode* shows another version, or nothing, by now."""
+        with self.env.begin() as txn:
+            return txn.get(inode_key(inode), db=self._dbs["detached"]) is not None
+
+    def path_of(self, inode: int) -> bytes:
+        """Return the path below the root, without a leading slash; b"" is the root."""
+        names: list[bytes] = []
+        with self.env.begin() as txn:
+            while inode != ROOT_INODE:
+                packed = txn.get(inode_key(inode), db=self._nodes)
+                if packed is None:
+                    raise CacheError(f"index: inode {inode} has no node")
+                node = decode_node(packed)
+                names.append(node.name)
+                inode = node.parent
+        return b"/".join(reversed(names))
+
+    def hidden(self, limit: int) -> tuple[int, list[HiddenKey]]:
+        """Return how many keys no path can show, and the first *limit* of them."""
+        db = self._dbs["hidden"]
+        with self.env.begin() as txn, txn.cursor(db=db) as cursor:
+            found: list[HiddenKey] = []
+            for _, packed in cursor:
+                if len(found) == limit:
+                    break
+                found.append(decode_hidden(packed))
+            return int(txn.stat(db)["entries"]), found
+
+    # Residence
+
+    def residence(self, vid: bytes, groups: range) -> tuple[VersionRow | None, list[Group | None]]:
+        """Return the version's row and the rows of *groups*, from one state of the index."""
+        db = self._dbs["groups"]
+        with self.env.begin() as txn:
+            packed = txn.get(vid, db=self._dbs["versions"])
+            if packed is None:
+                return None, [None] * len(groups)
+            rows = [txn.get(group_key(vid, group), db=db) for group in groups]
+        return decode_version(packed), [None if row is None else Group.unpack(row) for row in rows]
+
+    def version(self, vid: bytes) -> VersionRow | None:
+        with self.env.begin() as txn:
+            packed = txn.get(vid, db=self._dbs["versions"])
+        return None if packed is None else decode_version(packed)
+
+    def groups_of(self, vid: bytes) -> list[tuple[GroupIndex, Group]]:
+        found = []
+        with self.env.begin() as txn, txn.cursor(db=self._dbs["groups"]) as cursor:
+            go_on = cursor.set_range(vid)
+            while go_on and cursor.key()[:16] == vid:
+                group = GroupIndex(int.from_bytes(cursor.key()[16:], "big"))
+                found.append((group, Group.unpack(cursor.value())))
+                go_on = cursor.next()
+        return found
+
+    def versions(self) -> Iterator[tuple[VersionId, VersionRow]]:
+        """Yield every row. Holds a read transaction: finish it before long."""
+        with self.env.begin() as txn, txn.cursor(db=self._dbs["versions"]) as cursor:
+            for key, packed in cursor:
+                yield as_vid(key), decode_version(packed)
+
+    def meta(self, name: bytes) -> bytes | None:
+        with self.env.begin() as txn:
+            value = txn.get(name, db=self._dbs["meta"])
+        return None if value is None else bytes(value)
+
+    def entries(self) -> dict[str, int]:
+        with self.env.begin() as txn:
+            return {name: int(txn.stat(db)["entries"]) for name, db in self._dbs.items()}
+
+    @contextmanager
+    def write(self) -> Iterator[IndexWriter]:
+        """Open a write transaction; it commits when the block ends. No await inside."""
+        try:
+            with self.env.begin(write=True) as txn:
+                writer = IndexWriter(txn, self._dbs)
+                yield writer
+                writer.finish()
+        except lmdb.Error as error:
+            raise CacheError(f"{self.path}: {error}") from error
+
+
+class IndexWriter:
+    """Changes within one transaction. Reads here see the changes made before in it."""
+
+    def __init__(self, txn: lmdb.Transaction, dbs: dict[str, lmdb._Database]) -> None:
+        self._txn = txn
+        self._dbs = dbs
+        self._next_inode = int.from_bytes(txn.get(b"next_inode", db=dbs["meta"]) or b"\2", "big")
+        self._inodes_given = False
+
+    def finish(self) -> None:
+        if self._inodes_given:
+            self.set_meta(b"next_inode", self._next_inode.to_bytes(8, "big"))
+
+    def set_meta(self, name: bytes, value: bytes) -> None:
+        self._txn.put(name, value, db=self._dbs["meta"])
+
+    def add_root(self) -> None:
+        if self._txn.get(inode_key(ROOT_INODE), db=self._dbs["nodes"]) is None:
+            self.put_node(ROOT_INODE, Node(parent=ROOT_INODE, name=b"", kind=KIND_DIRECTORY))
+
+    def child(self, parent: int, name: bytes) -> tuple[Inode, Node] | None:
+        packed = self._txn.get(child_key(parent, name), db=self._dbs["children"])
+        if packed is None:
+            return None
+        node = self._txn.get(packed, db=self._dbs["nodes"])
+        assert node is not None, (parent, name)
+        return as_inode(bytes(packed)), decode_node(node)
+
+    def put_node(self, inode: int, node: Node) -> None:
+        self._txn.put(inode_key(inode), encode(node), db=self._dbs["nodes"])
+
+    def attach(self, node: Node) -> Inode:
+        """Give *node* a new inode and its name in the parent. The name's old node is detached."""
+        inode = Inode(self._next_inode)
+        self._next_inode += 1
+        self._inodes_given = True
+        key = child_key(node.parent, node.name)
+        replaced = self._txn.get(key, db=self._dbs["children"])
+        if replaced is not None:
+            self._txn.put(replaced, b"", db=self._dbs["detached"])
+        self._txn.put(key, inode_key(inode), db=self._dbs["children"])
+        self._txn.put(inode_key(inode), encode(node), db=self._dbs["nodes"], append=False)
+        return inode
+
+    def detach(self, parent: int, name: bytes) -> None:
+        """Take the name out. The node stays for those who have it open, until `sweep_detached`."""
+        packed = self._txn.pop(child_key(parent, name), db=self._dbs["children"])
+        if packed is not None:
+            self._txn.put(packed, b"", db=self._dbs["detached"])
+
+    def names(self, parent: int) -> Iterator[tuple[Inode, bytes]]:
+        """Yield (inode, name) of all entries. Don't change `children` before it ends."""
+        prefix = inode_key(parent)
+        with self._txn.cursor(db=self._dbs["children"]) as cursor:
+            go_on = cursor.set_range(prefix)
+            while go_on and cursor.key()[:8] == prefix:
+                yield as_inode(bytes(cursor.value())), bytes(cursor.key()[8:])
+                go_on = cursor.next()
+
+    def count_children(self, parent: int) -> int:
+        prefix, count = inode_key(parent), 0
+        with self._txn.cursor(db=self._dbs["children"]) as cursor:
+            if cursor.set_range(prefix):
+                for key in cursor.iternext(keys=True, values=False):
+                    if key[:8] != prefix:
+                        break
+                    count += 1
+        return count
+
+    def sweep_detached(self) -> int:
+        """Forget detached nodes, subtrees included; nothing may be open. Returns how many."""
+        detached, nodes = self._dbs["detached"], self._dbs["nodes"]
+        count = 0
+        while (first := self._first_key(detached)) is not None:
+            self._txn.delete(first, db=detached)
+            inode = as_inode(first)
+            for _, name in list(self.names(inode)):
+                self.detach(inode, name)
+            self._txn.delete(first, db=self._dbs["directories"])
+            self.clear_hidden(inode)
+            count += self._txn.delete(first, db=nodes)
+        return count
+
+    def _first_key(self, db: lmdb._Database) -> bytes | None:
+        with self._txn.cursor(db=db) as cursor:
+            return bytes(cursor.key()) if cursor.first() else None
+
+    def set_directory(self, inode: int, state: DirectoryState) -> None:
+        self._txn.put(inode_key(inode), encode(state), db=self._dbs["directories"])
+
+    def directory(self, inode: int) -> DirectoryState | None:
+        packed = self._txn.get(inode_key(inode), db=self._dbs["directories"])
+        return None if packed is None else decode_directory(packed)
+
+    def clear_hidden(self, parent: int) -> None:
+        prefix = inode_key(parent)
+        with self._txn.cursor(db=self._dbs["hidden"]) as cursor:
+            go_on = cursor.set_range(prefix)
+            while go_on and cursor.key()[:8] == prefix:
+                go_on = cursor.delete() and bool(cursor.key())
+
+    def hide(self, parent: int, hidden: HiddenKey) -> None:
+        self._txn.put(hidden_key(parent, hidden.key), encode(hidden), db=self._dbs["hidden"])
+
+    def put_version(self, vid: bytes, row: VersionRow) -> None:
+        self._txn.put(vid, encode(row), db=self._dbs["versions"])
+
+    def version(self, vid: bytes) -> VersionRow | None:
+        packed = self._txn.get(vid, db=self._dbs["versions"])
+        return None if packed is None else decode_version(packed)
+
+    def group(self, vid: bytes, group: int) -> Group | None:
+        packed = self._txn.get(group_key(vid, group), db=self._dbs["groups"])
+        return None if packed is None else Group.unpack(bytes(packed))
+
+    def put_group(self, vid: bytes, group: int, row: Group) -> None:
+        self._txn.put(group_key(vid, group), row.pack(), db=self._dbs["groups"])
+
+    def remove_version(self, vid: bytes) -> None:
+        self._txn.delete(vid, db=self._dbs["versions"])
+        with self._txn.cursor(db=self._dbs["groups"]) as cursor:
+            go_on = cursor.set_range(vid)
+            while go_on and cursor.key()[:16] == vid:
+                go_on = cursor.delete() and bool(cursor.key())
+
+    def remove_versions(self, vids: Iterable[bytes]) -> None:
+        for vid in vids:
+            self.remove_version(vid)
+
+    def remove_group(self, vid: bytes, group: int) -> None:
+        self._txn.delete(group_key(vid, group), db=self._dbs["groups"])
+
+
+def remove_index(directory: Path) -> None:
+    shutil.rmtree(directory / "index.lmdb", ignore_errors=True)
+
+
+def _opening_error(directory: Path, error: lmdb.Error) -> Exception:
+    text = str(error)
+    if isinstance(error, lmdb.DiskError) or any(
+        os_text in text for os_text in ("Read-only", "Permission", "No space", "Input/output")
+    ):
+        return UsageError(f"--cache {directory}: the index can't be opened there ({text})")
+    if errno.errorcode.get(getattr(error, "code", 0)):
+        return UsageError(f"--cache {directory}: {text}")
+    return CacheError(f"{directory}/index.lmdb: {text}")

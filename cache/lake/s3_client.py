@@ -1,0 +1,217 @@
+"""The clients of one bucket: boto3 for everything, obstore for the bytes where it can serve.
+
+Both are made by `Connection.open()`, in the process that uses them: obstore hangs in a child
+that was forked after its store was made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.utils import parse_timestamp
+
+from cache.config import LakeConfig
+from cache.errors import LakeMisconfigured
+from cache.lake.s3_errors import Place, from_exception
+
+CONNECTIONS_MAX = 64
+_REGION_FALLBACK = "us-east-1"
+# Longer than the 5 minutes before expiry at which obstore asks again, shorter than the 15 at which
+# botocore renews: obstore never signs with what botocore would already have renewed.
+_CREDENTIALS_TTL = timedelta(minutes=10)
+# obstore's `timeout` covers the whole body. Silence is bounded by read_timeout instead.
+_WHOLE_REQUEST_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """*client*: boto3's S3 client. *get* and *store*: `obstore.get` and its S3Store, or None."""
+
+    client: Any
+    get: Any = None
+    store: Any = None
+    owner_pid: int = field(default_factory=os.getpid)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.owner_pid == os.getpid()
+
+    @staticmethod
+    def open(config: LakeConfig, bucket: str, *, use_obstore: bool = True) -> Connection:
+        """Return clients that agree on credentials, region, endpoint and style of address.
+
+        On AWS this asks for the bucket's region (one HEAD), so that a wrong or missing region
+        is no error. Raises LakeError.
+        """
+        place = Place.of(config)
+        ca_certificates = _read_ca_bundle(config)
+        try:
+            session = _session(config)
+            client = _client(session, config)
+            settled = _settled(client, config, bucket)
+            if settled != config:
+                config, client = settled, _client(session, settled)
+            connection = Connection(client)
+            if use_obstore and not _is_special_bucket(bucket):
+                connection = connection._with_obstore(session, config, bucket, ca_certificates)
+            return connection
+        except (BotoCoreError, ClientError, OSError, ValueError) as error:
+            raise from_exception(error, place, None) from error
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _with_obstore(
+        self, session: Any, config: LakeConfig, bucket: str, ca_certificates: bytes | None
+    ) -> Connection:
+        """Return a connection with obstore too; unchanged when it is not installed."""
+        try:
+            obstore: Any = importlib.import_module("obstore")
+            stores: Any = importlib.import_module("obstore.store")
+            auth: Any = importlib.import_module("obstore.auth.boto3")
+        except ImportError:
+            return self
+        store = stores.S3Store(
+            bucket,
+            config=_obstore_address(self.client, config, bucket),
+            client_options=_obstore_options(self.client, config, ca_certificates),
+            retry_config={"max_retries": 0, "retry_timeout": _WHOLE_REQUEST_TIMEOUT},
+            **_obstore_credentials(session, config, auth),
+        )
+        return Connection(self.client, obstore.get, store)
+
+
+def _session(config: LakeConfig) -> Any:
+    botocore_session: Any = importlib.import_module("botocore.session").get_session()
+    # Parsing 1000 dates with dateutil takes 30 ms of each page of a listing; this takes 1.
+    factory = botocore_session.get_component("response_parser_factory")
+    factory.set_parser_defaults(timestamp_parser=_parse_timestamp)
+    return boto3.session.Session(botocore_session=botocore_session, profile_name=config.aws_profile)
+
+
+def _parse_timestamp(value: Any) -> datetime:
+    """Return an aware datetime for S3's dates in XML (ISO 8601), in headers, or in numbers."""
+    if isinstance(value, str) and value.endswith("Z"):
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:
+            pass
+    parsed: datetime = parse_timestamp(value)
+    return parsed
+
+
+def _client(session: Any, config: LakeConfig) -> Any:
+    options: dict[str, Any] = {
+        "connect_timeout": config.connect_timeout_s,
+        "read_timeout": config.read_timeout_s,
+        "max_pool_connections": CONNECTIONS_MAX,
+        "retries": {"mode": "standard", "total_max_attempts": 1},  # The caller decides retries.
+        "request_checksum_calculation": "when_required",  # Bodies carry Content-MD5, see s3.py.
+        "response_checksum_validation": "when_required",
+    }
+    if config.anonymous:
+        options["signature_version"] = botocore.UNSIGNED
+    path_style = config.path_style if config.path_style is not None else bool(config.endpoint_url) or None
+    if path_style is not None:
+        options["s3"] = {"addressing_style": "path" if path_style else "virtual"}
+    return session.client(
+        "s3",
+        endpoint_url=config.endpoint_url,
+        region_name=config.region or session.region_name or _REGION_FALLBACK,
+        verify=str(config.ca_bundle) if config.ca_bundle else None,
+        config=Config(**options),
+    )
+
+
+def _settled(client: Any, config: LakeConfig, bucket: str) -> LakeConfig:
+    """Return *config* with the region and the style of address that this bucket needs."""
+    if not _is_aws(client):
+        chosen = config.path_style is not None or config.endpoint_url is not None
+        return config if chosen else replace(config, path_style=True)
+    region = _bucket_region(client, bucket)
+    return config if region in (None, client.meta.region_name) else replace(config, region=region)
+
+
+def _is_aws(client: Any) -> bool:
+    host = urlsplit(client.meta.endpoint_url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def _bucket_region(client: Any, bucket: str) -> str | None:
+    """Return the bucket's region: AWS tells it even to those who may not see the bucket."""
+    try:
+        reply = client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        reply = error.response
+    headers = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region: str | None = headers.get("x-amz-bucket-region")
+    return region
+
+
+def _is_special_bucket(bucket: str) -> bool:
+    """Access points and directory buckets have addresses and sessions that only boto3 knows."""
+    return bucket.startswith("arn:") or bucket.endswith("--x-s3")
+
+
+def _read_ca_bundle(config: LakeConfig) -> bytes | None:
+    """Return the PEM text that boto3 will trust, if any is configured. Raises LakeMisconfigured."""
+    if config.ca_bundle is not None:
+        option, path = "--ca-bundle", config.ca_bundle
+    elif named := os.environ.get("AWS_CA_BUNDLE"):
+        option, path = "AWS_CA_BUNDLE", Path(named)
+    else:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LakeMisconfigured(
+            f"{option} {path}: {error.strerror}; name a file of PEM certificates"
+        ) from error
+
+
+def _obstore_address(client: Any, config: LakeConfig, bucket: str) -> dict[str, Any]:
+    """Return where and how obstore asks. Everything explicit, so that no environment overrules it."""
+    endpoint = client.meta.endpoint_url
+    virtual = _is_aws(client) if config.path_style is None else not config.path_style
+    virtual = virtual and "." not in bucket  # The wildcard certificate has no dots.
+    if virtual:
+        scheme, _, host = endpoint.partition("://")
+        endpoint = f"{scheme}://{bucket}.{host}"
+    return {
+        "endpoint": endpoint,
+        "aws_endpoint_url_s3": endpoint,
+        "region": client.meta.region_name,
+        "virtual_hosted_style_request": virtual,
+    }
+
+
+def _obstore_options(client: Any, config: LakeConfig, ca_certificates: bytes | None) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "allow_http": client.meta.endpoint_url.startswith("http://"),
+        "connect_timeout": timedelta(seconds=config.connect_timeout_s),
+        "read_timeout": timedelta(seconds=config.read_timeout_s),
+        "timeout": _WHOLE_REQUEST_TIMEOUT,
+    }
+    if ca_certificates is not None:
+        options["root_certificate"] = ca_certificates
+    return options
+
+
+def _obstore_credentials(session: Any, config: LakeConfig, auth: Any) -> dict[str, Any]:
+    if config.anonymous:
+        return {"skip_signature": True}
+    if session.get_credentials() is None:
+        raise importlib.import_module("botocore.exceptions").NoCredentialsError
+    provider = auth.Boto3CredentialProvider(session, ttl=_CREDENTIALS_TTL)
+    provider.config = {}  # Its idea of the region is the session's, ours the bucket's.
+    return {"credential_provider": provider}

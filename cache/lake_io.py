@@ -1,0 +1,104 @@
+"""Counts and retries lake requests: what every coordinator sends goes through here."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from cache.engine import Engine
+from cache.errors import LakeError, LakeUnavailable
+from cache.lake.base import Body, Lake, ListPage
+from cache.model import ObjectInfo, ObjectVersion
+from cache.policy.retry import RetryPolicy
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_WARN_EVERY_S = 10.0
+
+
+class LakeIO:
+    """The lake with retries. `requests` and the byte counts are for `sluice status`."""
+
+    def __init__(self, lake: Lake, engine: Engine, retry: RetryPolicy, seed: int = 0) -> None:
+        self.lake = lake
+        self._engine = engine
+        self._retry = retry
+        self._random = random.Random(seed or None)
+        self.requests: Counter[str] = Counter()
+        self.bytes_fetched = 0
+        self.bytes_sent = 0
+        self._counting = threading.Lock()
+        self.retries = 0
+        self.failing_since_s: float | None = None
+        self._warned_at_s = -_WARN_EVERY_S
+
+    async def list_page(self, prefix: str, token: str | None, keys_max: int = 1000) -> ListPage:
+        """Return one page, rolled up at "/". Raises LakeError once the retries are used up."""
+
+        def call() -> ListPage:
+            return self.lake.list_page(prefix, delimiter=True, token=token, keys_max=keys_max)
+
+        return await self.retrying("list", prefix, lambda: self._engine.run(call))
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self.retrying("head", key, lambda: self._engine.run(lambda: self.lake.head(key)))
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Run a blocking *call* in a lake thread, without retries."""
+        return await self._engine.run(call)
+
+    def get(self, version: ObjectVersion, offset: int, length: int) -> Body:
+        """Return the bytes of one GET, blocking. For use inside of `retrying`, in a thread."""
+        body = self.lake.get_range(version, offset, length)
+        assert len(memoryview(body)) == length, (version, offset, length)
+        with self._counting:
+            self.bytes_fetched += length
+        return body
+
+    async def retrying(self, verb: str, key: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return what *attempt* returns, trying again as the policy says."""
+        started_s, tries = time.monotonic(), 0
+        while True:
+            self.requests[verb] += 1
+            try:
+                result = await attempt()
+            except LakeError as error:
+                elapsed_s = time.monotonic() - started_s
+                delay_s = self._retry.delay_s(error, tries, elapsed_s, self._random.random())
+                self._note_failure(verb, key, error, delay_s)
+                if delay_s is None:
+                    raise
+                tries += 1
+                self.retries += 1
+                await trio.sleep(delay_s)
+            else:
+                self._note_success()
+                return result
+
+    def failing_for_s(self) -> float | None:
+        """Return for how long the lake has not answered; None while it does."""
+        return None if self.failing_since_s is None else time.monotonic() - self.failing_since_s
+
+    def _note_failure(self, verb: str, key: str, error: LakeError, delay_s: float | None) -> None:
+        now_s = time.monotonic()
+        if not isinstance(error, LakeUnavailable):
+            return
+        if self.failing_since_s is None:
+            self.failing_since_s = now_s
+        if now_s - self._warned_at_s >= _WARN_EVERY_S:
+            self._warned_at_s = now_s
+            next_step = "given up" if delay_s is None else f"next try in {delay_s:.1f} s"
+            log.warning("lake: %s of %r failed (%s), %s", verb, key, error, next_step)
+
+    def _note_success(self) -> None:
+        if self.failing_since_s is not None:
+            log.info("lake: answers again after %.0f s", time.monotonic() - self.failing_since_s)
+            self.failing_since_s = None

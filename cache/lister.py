@@ -1,0 +1,257 @@
+"""Keeps the namespace in step with the lake: listings, single keys, and listing ahead of walks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import trio
+
+from cache.committer import Committer
+from cache.errors import LakeError, ObjectMissing, SluiceError
+from cache.index import Index, IndexWriter
+from cache.lake.base import ListPage
+from cache.lake_io import LakeIO
+from cache.listing import Changed, ListingInProgress, node_of, put_directory, put_file
+from cache.model import Inode, ObjectInfo
+from cache.policy.freshness import Freshness
+from cache.policy.names import why_no_name
+
+log = logging.getLogger(__name__)
+
+_AHEAD_DIRECTORIES = 64  # Listed ahead of a walk at most, and so many at once:
+_AHEAD_AT_ONCE = 12
+_WALK_MEMORY_S = 30.0  # A child listed within so long of its parent's listing makes a walk.
+_SMALL_PAGES = 2  # A directory of so few pages is listed again rather than asked for single keys.
+_LOOKUPS_BEFORE_LISTING = 8  # Single keys asked for in a directory whose first page was not all.
+
+
+@dataclass(eq=False)
+class ListFlight:
+    """The one listing of a directory. *wanted_whole*: somebody needs more than the first page."""
+
+    first_page: trio.Event = field(default_factory=trio.Event)
+    done: trio.Event = field(default_factory=trio.Event)
+    wanted_whole: trio.Event = field(default_factory=trio.Event)
+    error: SluiceError | None = None
+
+
+class Lister:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        lake: LakeIO,
+        index: Index,
+        committer: Committer,
+        freshness: Freshness,
+        on_changed: trio.MemorySendChannel[Changed],
+    ) -> None:
+        self._nursery = nursery
+        self._lake = lake
+        self._index = index
+        self._committer = committer
+        self._freshness = freshness
+        self._on_changed = on_changed
+        self._flights: dict[Inode, ListFlight] = {}
+        self._key_lookups: Counter[Inode] = Counter()  # Since the directory was listed last.
+        self._read_at_s: dict[Inode, float] = {}  # Directories that somebody read lately.
+        self._ahead: set[Inode] = set()
+        self._ahead_slots = trio.CapacityLimiter(_AHEAD_AT_ONCE)
+
+    async def list_directory(self, inode: Inode) -> None:
+        """Return when the index holds the directory's fresh listing. Raises LakeError.
+
+        Whoever reads a directory soon after its parent walks the tree: the next siblings are
+        then listed ahead.
+        """
+        self._note_walk(inode)
+        if not self._is_listed(inode):
+            flight = self._flight(inode)
+            flight.wanted_whole.set()
+            await flight.done.wait()
+            if flight.error is not None:
+                raise flight.error
+
+    def relist_ahead(self, inode: Inode) -> None:
+        """List again before the listing expires; nobody waits for it."""
+        self._flight(inode).wanted_whole.set()
+
+    async def lookup(self, parent: Inode, name: bytes) -> bool:
+        """Make the index say what *name* is now; return whether there is such an entry.
+
+        Asks for the whole directory where that is one request or so, else for the one key.
+        """
+        state = self._index.directory(parent)
+        if self._is_listed(parent):
+            return self._index.child(parent, name) is not None
+        if parent in self._flights or state is None or state.pages <= _SMALL_PAGES:
+            flight = self._flight(parent)
+            if state is not None:
+                flight.wanted_whole.set()
+            await flight.first_page.wait()
+            if flight.done.is_set() and flight.error is None:
+                return self._index.child(parent, name) is not None
+            if flight.error is not None:
+                raise flight.error
+        self._key_lookups[parent] += 1
+        if self._key_lookups[parent] > max(_LOOKUPS_BEFORE_LISTING, state.pages if state else 0):
+            self._flight(parent).wanted_whole.set()
+        return await self.refresh_entry(parent, name)
+
+    async def refresh_entry(self, parent: Inode, name: bytes) -> bool:
+        """Ask the lake what this one name is: an object, a prefix, or nothing."""
+        part = os.fsdecode(name)
+        if why_no_name(part) is not None:
+            return False
+        key = os.fsdecode(self._index.path_of(parent))
+        key = f"{key}/{part}" if key else part
+        info: ObjectInfo | None = None
+        page: ListPage | None = None
+        asked_at_s = time.time()
+
+        async def head() -> None:
+            nonlocal info
+            try:
+                info = await self._lake.head(key)
+            except ObjectMissing:
+                pass
+
+        async def list_below() -> None:
+            nonlocal page
+            page = await self._lake.list_page(f"{key}/", None, keys_max=2)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(head)
+                nursery.start_soon(list_below)
+        except* SluiceError as group:
+            raise _first(group) from group
+        is_directory = page is not None and bool(page.objects or page.prefixes)
+        changed: Changed = []
+
+        def apply(w: IndexWriter) -> None:
+            if is_directory:
+                put_directory(w, parent, name, changed, asked_at_s)
+            elif info is not None:
+                put_file(w, node_of(parent, name, info, asked_at_s), changed)
+            elif w.child(parent, name) is not None:
+                w.detach(parent, name)
+                changed.append((parent, name))
+
+        await self._committer.commit(apply)
+        await self._tell(changed)
+        return is_directory or info is not None
+
+    def _is_listed(self, inode: Inode) -> bool:
+        state = self._index.directory(inode)
+        return state is not None and self._freshness.is_fresh(state.listed_at_s, time.time())
+
+    def _flight(self, inode: Inode) -> ListFlight:
+        """Return the directory's listing under way, starting it if there is none. No await in here."""
+        flight = self._flights.get(inode)
+        if flight is None:
+            flight = self._flights[inode] = ListFlight()
+            self._nursery.start_soon(self._fly, inode, flight)
+        return flight
+
+    async def _fly(self, inode: Inode, flight: ListFlight) -> None:
+        try:
+            await self._list(inode, flight)
+        except SluiceError as error:
+            flight.error = error
+        except BaseException:
+            flight.error = SluiceError("the mover is stopping")
+            raise
+        finally:
+            del self._flights[inode]
+            self._key_lookups.pop(inode, None)
+            flight.done.set()
+            flight.first_page.set()
+
+    async def _list(self, inode: Inode, flight: ListFlight) -> None:
+        path = os.fsdecode(self._index.path_of(inode))
+        prefix = f"{path}/" if path else ""
+        listing = ListingInProgress(self._index, inode, prefix, time.time())
+        page = await self._lake.list_page(prefix, None)
+        while page.next_token is not None:
+            page = await self._apply_and_get_next(listing, page, prefix, flight)
+        await self._committer.commit(lambda w: listing.apply(w, page))
+        await self._committer.commit(lambda w: listing.finish(w, time.time()))
+        await self._tell(listing.changed)
+
+    async def _apply_and_get_next(
+        self, listing: ListingInProgress, page: ListPage, prefix: str, flight: ListFlight
+    ) -> ListPage:
+        """Commit *page* while the next one is under way; return the next."""
+        following: ListPage | None = None
+
+        async def get_next() -> None:
+            nonlocal following
+            following = await self._lake.list_page(prefix, page.next_token)
+
+        if not flight.wanted_whole.is_set():
+            # Only single keys were asked for so far: they may never need the rest.
+            await self._committer.commit(lambda w: listing.apply(w, page))
+            flight.first_page.set()
+            await flight.wanted_whole.wait()
+            await get_next()
+        else:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(get_next)
+                    await self._committer.commit(lambda w: listing.apply(w, page))
+                    flight.first_page.set()
+            except* LakeError as group:
+                raise _first(group) from group
+        assert following is not None
+        return following
+
+    async def _tell(self, changed: Changed) -> None:
+        if changed:
+            await self._on_changed.send(changed)
+
+    # Walks
+
+    def _note_walk(self, inode: Inode) -> None:
+        now_s = time.monotonic()
+        self._read_at_s = (
+            {known: at_s for known, at_s in self._read_at_s.items() if now_s - at_s < _WALK_MEMORY_S}
+            if len(self._read_at_s) > 1024
+            else self._read_at_s
+        )
+        self._read_at_s[inode] = now_s
+        node = self._index.node(inode)
+        if node is None or now_s - self._read_at_s.get(Inode(node.parent), -1e9) > _WALK_MEMORY_S:
+            return
+        self._read_at_s[Inode(node.parent)] = now_s  # The walk goes on: keep it in memory.
+        self._list_siblings_ahead(Inode(node.parent), node.name)
+
+    def _list_siblings_ahead(self, parent: Inode, after: bytes) -> None:
+        if len(self._ahead) > _AHEAD_DIRECTORIES // 2:
+            return
+        for inode, node in self._index.children(parent, after, _AHEAD_DIRECTORIES):
+            if node.is_directory and inode not in self._ahead and not self._is_listed(inode):
+                self._ahead.add(inode)
+                self._nursery.start_soon(self._list_ahead, inode)
+
+    async def _list_ahead(self, inode: Inode) -> None:
+        try:
+            async with self._ahead_slots:
+                if not self._is_listed(inode):
+                    flight = self._flight(inode)
+                    flight.wanted_whole.set()
+                    await flight.done.wait()  # An error shows to whoever asks for it.
+        finally:
+            self._ahead.discard(inode)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> SluiceError:
+    """Return the first of the group's errors, nested groups included."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, SluiceError)
+    return error

@@ -1,0 +1,526 @@
+"""Where each object version's bytes are: placing, demoting and evicting them.
+
+Order of the steps, so that the index never names a file that is not there: on the way in the
+file is renamed before the index commits; on the way out the index commits before the unlink.
+Space is charged before bytes are written and given back after they are unlinked.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import trio
+
+from cache.committer import Committer
+from cache.engine import Engine
+from cache.errors import CacheError, CacheFull
+from cache.index import Index, IndexWriter
+from cache.lake.base import Body
+from cache.model import (
+    BLOCK_BYTES,
+    GROUP_BLOCKS,
+    MIB,
+    GroupIndex,
+    ObjectVersion,
+    VersionId,
+    block_count,
+    blocks_in_group,
+    group_count,
+)
+from cache.policy.eviction import EvictionPolicy, ItemId
+from cache.records import Group, VersionRow, charge, group_key
+from cache.tier import TierBudget, TierFiles
+
+log = logging.getLogger(__name__)
+
+DRAM_SHARE_MAX = 4  # An object over a quarter of the DRAM tier lands on NVMe.
+_EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some for the next.
+_DEMOTERS = 4
+_DRAIN_STEP = 256  # Items between two reports of progress.
+_GUARD_EVERY_BYTES = 64 * MIB  # The free-space guard asks the disk again after so many.
+
+
+@dataclass
+class Tier:
+    """A tier's files, budget and policy. *free_min_bytes* stays free on its disk."""
+
+    files: TierFiles
+    budget: TierBudget
+    policy: EvictionPolicy
+    free_min_bytes: int = 0
+    room_lock: trio.Lock = field(default_factory=trio.Lock)
+    unguarded_bytes: int = _GUARD_EVERY_BYTES
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+
+@dataclass(slots=True)
+class Sparse:
+    """A version under partial/: how many of its blocks are there."""
+
+    version: ObjectVersion
+    tier: int
+    blocks_present: int = 0
+
+
+@dataclass(slots=True)
+class Usage:
+    hits: int = 0
+    last_used_s: float = 0.0
+
+
+class Residency:
+    """All tiers together. For the mover's trio thread.
+
+    A fill's GET and its writing are one job of *lake_engine*; other file calls run on *disk_engine*.
+    """
+
+    def __init__(
+        self, tiers: list[Tier], index: Index, committer: Committer, lake_engine: Engine, disk_engine: Engine
+    ) -> None:
+        assert tiers
+        self.tiers = tiers
+        self._index = index
+        self._committer = committer
+        self._lake_engine = lake_engine
+        self._disk_engine = disk_engine
+        self._busy: Counter[bytes] = Counter()  # Versions that are being written, moved or evicted.
+        self._sparse: dict[bytes, Sparse] = {}
+        self._unverified: dict[bytes, tuple[int, int]] = {}  # Whole files without a row: tier, charge.
+        self._usage: dict[bytes, Usage] = {}  # Since the last `save_usage`.
+        self.dram_low = trio.Event()
+        self.demoted_bytes = 0
+        self.evicted_bytes = 0
+
+    # Placing
+
+    @contextmanager
+    def busy(self, vid: bytes) -> Iterator[None]:
+        """Keep the version where it is, for as long as the block runs."""
+        self._busy[vid] += 1
+        try:
+            yield
+        finally:
+            self._busy[vid] -= 1
+            if not self._busy[vid]:
+                del self._busy[vid]
+
+    def _place(self, size_bytes: int) -> int:
+        """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
+        first = self.tiers[0]
+        if first.files.is_memory and size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX:
+            return 0
+        return self._emptiest_disk()
+
+    def _emptiest_disk(self) -> int:
+        shares = [
+            (tier.budget.room_bytes / tier.budget.size_bytes, -place)
+            for place, tier in enumerate(self.tiers)
+            if not tier.files.is_memory
+        ]
+        return -max(shares)[1]
+
+    async def reserve(self, place: int, charged_bytes: int) -> None:
+        """Charge *charged_bytes* to a tier, making room first. Raises CacheFull."""
+        tier = self.tiers[place]
+        if charged_bytes > tier.budget.size_bytes:
+            raise CacheFull(f"{tier.name}: {charged_bytes} bytes are more than the tier's size")
+        if self._has_room(tier, charged_bytes):  # No await from here to take().
+            tier.budget.take(charged_bytes)
+            self._check_watermark()
+            return
+        async with tier.room_lock:
+            while not self._has_room(tier, charged_bytes):
+                need_bytes = max(charged_bytes - tier.budget.room_bytes, self._guard_shortfall(tier))
+                if not await self._make_room(place, max(need_bytes, _EVICT_BYTES_MIN)):
+                    raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
+            tier.budget.take(charged_bytes)
+
+    def _has_room(self, tier: Tier, charged_bytes: int) -> bool:
+        if tier.budget.room_bytes < charged_bytes:
+            return False
+        tier.unguarded_bytes += charged_bytes
+        if tier.unguarded_bytes < _GUARD_EVERY_BYTES:
+            return True
+        if self._guard_shortfall(tier) > 0:
+            return False
+        tier.unguarded_bytes = 0
+        return True
+
+    @staticmethod
+    def _guard_shortfall(tier: Tier) -> int:
+        """Return how many bytes are missing to the space that stays free on the tier's disk."""
+        return tier.free_min_bytes - tier.files.free_bytes() if tier.free_min_bytes else 0
+
+    async def fill_whole(self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool) -> None:
+        """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError."""
+        vid = version.id
+        with self.busy(vid):
+            if await self._adopt(vid):
+                return
+            place, charged = self._place(version.size_bytes), charge(version.size_bytes)
+            await self.reserve(place, charged)
+            files = self.tiers[place].files
+            try:
+                checksums = await self._lake_engine.run(
+                    lambda: files.land_whole(version, vid, get()), demand=demand
+                )
+                await self._committer.commit(lambda w: _put_whole(w, version, place, checksums))
+            except BaseException:
+                self.tiers[place].budget.give_back(charged)
+                raise
+            self.tiers[place].policy.added(ItemId(vid), charged, used=demand)
+
+    async def fill_blocks(
+        self, version: ObjectVersion, blocks: range, get: Callable[[], Body], *, demand: bool
+    ) -> None:
+        """Get missing *blocks*, all in one group of a large object, and store them."""
+        assert blocks.start // GROUP_BLOCKS == (blocks.stop - 1) // GROUP_BLOCKS, blocks
+        vid = version.id
+        with self.busy(vid):
+            if await self._adopt(vid):
+                return
+            state = self._sparse.get(vid)
+            if state is None:
+                state = self._sparse[vid] = Sparse(version, self._place(version.size_bytes))
+            await self._fill_group(state, vid, blocks, get, demand)
+            if state.blocks_present == block_count(version.size_bytes):
+                await self._make_whole(vid, state)
+
+    async def _fill_group(
+        self, state: Sparse, vid: VersionId, blocks: range, get: Callable[[], Body], demand: bool
+    ) -> None:
+        version, place = state.version, state.tier
+        tier, offset = self.tiers[place], blocks.start * BLOCK_BYTES
+        group, first = GroupIndex(blocks.start // GROUP_BLOCKS), blocks.start % GROUP_BLOCKS
+        charged = charge(min(version.size_bytes, blocks.stop * BLOCK_BYTES) - offset)
+        await self.reserve(place, charged)
+        try:
+            checksums = await self._lake_engine.run(
+                lambda: tier.files.land_blocks(vid, offset, get()), demand=demand
+            )
+            await self._committer.commit(lambda w: _put_blocks(w, version, place, group, first, checksums))
+        except BaseException:
+            tier.budget.give_back(charged)
+            if not state.blocks_present and self._busy[vid] == 1:
+                self._sparse.pop(vid, None)
+                tier.files.remove(vid)
+            raise
+        assert len(checksums) == len(blocks)
+        state.blocks_present += len(blocks)
+        item = ItemId(group_key(vid, group))
+        tier.policy.added(item, (tier.policy.size_of(item) or 0) + charged, used=demand)
+
+    async def _make_whole(self, vid: VersionId, state: Sparse) -> None:
+        if self._sparse.pop(vid, None) is None:
+            return  # Another flight's landing got here first.
+        tier, version = self.tiers[state.tier], state.version
+        groups = self._index.groups_of(vid)
+        checksums = [checksum for _, group in groups for checksum in group.checksums]
+        assert len(checksums) == block_count(version.size_bytes)
+        # A worker that looks between rename and commit finds a row that says partial, misses
+        # the file, and looks again.
+        await self._disk_engine.run(lambda: tier.files.make_whole(version, vid, checksums))
+        await self._committer.commit(lambda w: _change(w, vid, whole=True))
+        charged = 0
+        for group, _ in groups:
+            item = ItemId(group_key(vid, group))
+            charged += tier.policy.size_of(item) or 0
+            tier.policy.removed(item)
+        tier.policy.added(ItemId(vid), charged, used=True)
+
+    def add_sparse(self, vid: bytes, state: Sparse) -> None:
+        self._sparse[vid] = state
+
+    # Taking over files whose rows were lost
+
+    def add_unverified(self, place: int, vid: bytes, charged: int) -> bool:
+        """Charge a whole file found without a row; return False if there is no room for it."""
+        budget = self.tiers[place].budget
+        if charged > budget.room_bytes:
+            return False
+        budget.take(charged)
+        self._unverified[vid] = (place, charged)
+        return True
+
+    async def _adopt(self, vid: VersionId) -> bool:
+        """Verify a file found without a row; return whether it holds the whole version."""
+        found = self._unverified.pop(vid, None)
+        if found is None:
+            return False
+        place, charged = found
+        tier = self.tiers[place]
+        label = await self._disk_engine.run(lambda: tier.files.read_label(vid))
+        if label is None:
+            log.warning("%s: the bytes do not match its label, dropped", tier.files.object_path(vid))
+            await self._disk_engine.run(lambda: tier.files.remove(vid))
+            tier.budget.give_back(charged)
+            return False
+        version, checksums = label
+        await self._committer.commit(lambda w: _put_whole(w, version, place, checksums))
+        tier.policy.added(ItemId(vid), charged, used=False)
+        return True
+
+    async def adopt_all(self) -> int:
+        """Verify, in the background, all files found without a row; return how many were good."""
+        good = 0
+        while self._unverified:
+            vid = VersionId(next(iter(self._unverified)))
+            with self.busy(vid):
+                try:
+                    good += await self._adopt(vid)
+                except CacheError as error:
+                    log.warning("%s can't be taken over: %s", vid.hex(), error)
+        return good
+
+    # Use
+
+    def used(self, items: list[bytes], now_s: float) -> None:
+        """Note that readers hit *items*: whole objects (16 bytes) or groups (20)."""
+        for item in items:
+            for tier in self.tiers:
+                tier.policy.touched(ItemId(item))
+            usage = self._usage.setdefault(item[:16], Usage())
+            usage.hits += len(item) == 16
+            usage.last_used_s = now_s
+
+    def usage(self, vid: bytes, row: VersionRow) -> Usage:
+        recent = self._usage.get(vid, Usage())
+        return Usage(row.hits + recent.hits, max(row.last_used_s, recent.last_used_s))
+
+    def save_usage(self) -> None:
+        """Put what `used` gathered into the index with the next commit."""
+        usage, self._usage = self._usage, {}
+        if usage:
+            self._committer.commit_nowait(lambda w: _put_usage(w, usage))
+
+    def place_of(self, vid: bytes) -> int | None:
+        row = self._index.version(vid)
+        return None if row is None else row.tier
+
+    # Leaving
+
+    async def _make_room(self, place: int, need_bytes: int) -> bool:
+        """Free about *need_bytes*; return whether anything came free. Holds the tier's room_lock."""
+        tier = self.tiers[place]
+        victims = tier.policy.victims(need_bytes, self._busy)
+        before = tier.budget.used_bytes
+        if tier.files.is_memory:
+            await self._demote(place, victims)
+        else:
+            await self.evict(place, victims)
+        return tier.budget.used_bytes < before
+
+    async def evict(self, place: int, items: list[ItemId]) -> int:
+        """Drop *items* from a tier; return the bytes that came free. Skips what is busy."""
+        tier = self.tiers[place]
+        items = [item for item in items if self._may_leave(tier, item)]
+        if not items:
+            return 0
+        for item in items:
+            self._busy[item[:16]] += 1
+        try:
+            return await self._evict_held(tier, items)
+        finally:
+            for item in items:
+                self._busy[item[:16]] -= 1
+                if not self._busy[item[:16]]:
+                    del self._busy[item[:16]]
+
+    def _may_leave(self, tier: Tier, item: ItemId) -> bool:
+        return item[:16] not in self._busy and tier.policy.size_of(item) is not None
+
+    async def _evict_held(self, tier: Tier, items: list[ItemId]) -> int:
+        last_groups = self._note_leaving(items)
+        await self._committer.commit(lambda w: _drop_items(w, items, last_groups))
+        await self._disk_engine.run(lambda: _remove_files(tier.files, items, last_groups))
+        freed = 0
+        for item in items:
+            freed += tier.policy.size_of(item) or 0
+            tier.policy.removed(item)
+        tier.budget.give_back(freed)
+        self.evicted_bytes += freed
+        return freed
+
+    def _note_leaving(self, items: list[ItemId]) -> set[bytes]:
+        """Take groups out of their versions' counts; return the versions that have none left."""
+        emptied: set[bytes] = set()
+        for item in items:
+            state = self._sparse.get(item[:16])
+            if len(item) == 16 or state is None:
+                continue
+            row = self._index.residence(item[:16], range(_group_of(item), _group_of(item) + 1))[1][0]
+            state.blocks_present -= row.present.bit_count() if row is not None else 0
+            if state.blocks_present == 0:
+                emptied.add(item[:16])
+                del self._sparse[item[:16]]
+        return emptied
+
+    async def _demote(self, place: int, items: list[ItemId]) -> None:
+        """Move the versions of *items* from DRAM to NVMe, all that is there of each.
+
+        What can't move, leaves. Several at once, since each waits for the disk.
+        """
+        vids = [vid for vid in dict.fromkeys(item[:16] for item in items) if vid not in self._busy]
+        async with trio.open_nursery() as nursery:
+            for start in range(_DEMOTERS):
+                nursery.start_soon(self._demote_each, place, vids[start::_DEMOTERS])
+
+    async def _demote_each(self, place: int, vids: list[bytes]) -> None:
+        for vid in vids:
+            try:
+                await self._demote_version(place, VersionId(vid))
+            except CacheError as error:
+                log.warning("can't move %s to NVMe, it leaves the cache: %s", vid.hex(), error)
+                await self.drop_version(vid)
+
+    async def _demote_version(self, place: int, vid: VersionId) -> None:
+        source, target_place = self.tiers[place], self._emptiest_disk()
+        target, row = self.tiers[target_place], self._index.version(vid)
+        if row is None or vid in self._busy:
+            return
+        with self.busy(vid):
+            groups = self._index.groups_of(vid)
+            sizes = {item: source.policy.size_of(item) or 0 for item in _items(vid, row, groups)}
+            charged = sum(sizes.values())
+            await self.reserve(target_place, charged)
+            try:
+                await self._disk_engine.run(
+                    lambda: target.files.copy_from(source.files, row, vid, groups), demand=False
+                )
+                await self._committer.commit(lambda w: _change(w, vid, tier=target_place))
+            except BaseException:
+                target.budget.give_back(charged)
+                raise
+            if vid in self._sparse:
+                self._sparse[vid].tier = target_place
+            await self._disk_engine.run(lambda: source.files.remove(vid), demand=False)
+            for item, size_bytes in sizes.items():
+                source.policy.removed(item)
+                target.policy.added(item, size_bytes, used=True)
+            source.budget.give_back(charged)
+        self.demoted_bytes += charged
+
+    async def drop(self, vid: bytes, group: int) -> None:
+        """Evict the item that holds a group found to be corrupt."""
+        row = self._index.version(vid)
+        if row is not None:
+            item = ItemId(vid if row.whole else group_key(vid, group))
+            await self.evict(row.tier, [item])
+
+    async def drop_version(self, vid: bytes) -> int:
+        """Evict all of a version; return the bytes that came free."""
+        row = self._index.version(vid)
+        if row is None:
+            return 0
+        return await self.evict(row.tier, _items(vid, row, self._index.groups_of(vid)))
+
+    # DRAM's low-water mark
+
+    def _check_watermark(self) -> None:
+        first = self.tiers[0]
+        if first.files.is_memory and first.budget.room_bytes < first.budget.size_bytes // 10:
+            self.dram_low.set()
+
+    async def keep_dram_room(self) -> None:
+        """Demote ahead of need, so that what is fetched rarely waits for room. Runs for ever."""
+        if not self.tiers[0].files.is_memory:
+            return
+        budget = self.tiers[0].budget
+        while True:
+            await self.dram_low.wait()
+            self.dram_low = trio.Event()
+            try:
+                async with self.tiers[0].room_lock:
+                    short_bytes = budget.size_bytes // 8 - budget.room_bytes
+                    moved = short_bytes <= 0 or await self._make_room(0, short_bytes)
+            except CacheError as error:
+                log.warning("can't make room in DRAM ahead of need: %s", error)
+                moved = False
+            if not moved:
+                await trio.sleep(1)  # All of it is in use, or the disk fails: look again later.
+
+    async def drain_dram(self) -> AsyncIterator[tuple[int, int]]:
+        """Move all that DRAM holds to NVMe, as far as it fits; yield (bytes moved, bytes in all)."""
+        tier = self.tiers[0]
+        if not tier.files.is_memory:
+            return
+        before, total = self.demoted_bytes, tier.budget.used_bytes
+        items = tier.policy.order(len(tier.policy))
+        for start in range(0, len(items), _DRAIN_STEP):
+            async with tier.room_lock:
+                await self._demote(0, items[start : start + _DRAIN_STEP])
+            yield self.demoted_bytes - before, total
+
+
+def _items(vid: bytes, row: VersionRow, groups: list[tuple[GroupIndex, Group]]) -> list[ItemId]:
+    return [ItemId(vid)] if row.whole else [ItemId(group_key(vid, group)) for group, _ in groups]
+
+
+def _group_of(item: bytes) -> GroupIndex:
+    return GroupIndex(int.from_bytes(item[16:], "big"))
+
+
+def _put_whole(w: IndexWriter, version: ObjectVersion, place: int, checksums: list[int]) -> None:
+    vid = version.id
+    w.put_version(vid, _row(version, place, whole=True))
+    for group in range(group_count(version.size_bytes)):
+        part = checksums[group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
+        w.put_group(vid, group, Group.empty(len(part), time.time_ns()).with_blocks(0, part))
+
+
+def _put_blocks(
+    w: IndexWriter, version: ObjectVersion, place: int, group: GroupIndex, first: int, checksums: list[int]
+) -> None:
+    vid = version.id
+    if w.version(vid) is None:
+        w.put_version(vid, _row(version, place, whole=False))
+    row = w.group(vid, group)
+    if row is None:
+        row = Group.empty(blocks_in_group(version.size_bytes, group), time.time_ns())
+    w.put_group(vid, group, row.with_blocks(first, checksums))
+
+
+def _row(version: ObjectVersion, place: int, *, whole: bool) -> VersionRow:
+    key = version.key.encode("utf-8", "surrogateescape")
+    return VersionRow(key, version.etag, version.size_bytes, place, whole, 0, time.time())
+
+
+def _change(w: IndexWriter, vid: bytes, **changes: Any) -> None:
+    row = w.version(vid)
+    assert row is not None, vid.hex()
+    w.put_version(vid, msgspec.structs.replace(row, **changes))
+
+
+def _put_usage(w: IndexWriter, usages: dict[bytes, Usage]) -> None:
+    for vid, usage in usages.items():
+        row = w.version(vid)
+        if row is not None:
+            last_used_s = max(row.last_used_s, usage.last_used_s)
+            _change(w, vid, hits=row.hits + usage.hits, last_used_s=last_used_s)
+
+
+def _drop_items(w: IndexWriter, items: list[ItemId], emptied: set[bytes]) -> None:
+    for item in items:
+        if len(item) == 16 or item[:16] in emptied:
+            w.remove_version(item[:16])
+        else:
+            w.remove_group(item[:16], _group_of(item))
+
+
+def _remove_files(files: TierFiles, items: list[ItemId], emptied: set[bytes]) -> None:
+    for item in items:
+        with suppress(FileNotFoundError):
+            if len(item) == 16 or item[:16] in emptied:
+                files.remove(VersionId(item[:16]))
+            else:
+                files.punch(VersionId(item[:16]), _group_of(item))

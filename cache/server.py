@@ -1,0 +1,193 @@
+"""The mover's sockets: workers' requests on one, admin commands on the other."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+import trio
+
+from cache import messages
+from cache.admin import Admin
+from cache.config import MountConfig
+from cache.control import REQUEST_BYTES_MAX
+from cache.counters import Counters
+from cache.errors import SluiceError
+from cache.listing import Changed
+from cache.mover import Mover, TierPlan, run_mover
+
+log = logging.getLogger(__name__)
+
+_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED.
+_RECEIVE_BYTES = 256 << 10
+
+
+class WorkerConnections:
+    """Serves every worker's connection; one task for each request under way."""
+
+    def __init__(self, mover: Mover) -> None:
+        self._mover = mover
+        self._connections: list[WorkerConnection] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._connections)
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection until the worker closes it."""
+        connection = WorkerConnection(stream, self._mover)
+        self._connections.append(connection)
+        try:
+            await connection.run()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # The worker died; its successor asks again.
+        except (ValueError, msgspec.MsgspecError):
+            log.exception("a worker sent what is no message; its connection is closed")
+        finally:
+            self._connections.remove(connection)
+            await trio.aclose_forcefully(stream)
+
+    async def tell_changes(self, changes: trio.MemoryReceiveChannel[Changed]) -> None:
+        """Pass on to a worker, for the kernel, which entries show something else now."""
+        async for changed in changes:
+            if self._connections:
+                entries = [(int(parent), name) for parent, name in changed]
+                await self._connections[0].send(messages.Invalidate(entries))
+
+
+class WorkerConnection:
+    def __init__(self, stream: trio.SocketStream, mover: Mover) -> None:
+        self._stream = stream
+        self._mover = mover
+        self._out = bytearray()
+        self._wake = trio.Event()
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write)
+            reader = messages.FrameReader()
+            while chunk := await self._stream.receive_some(_RECEIVE_BYTES):
+                for packed in reader.feed(chunk):
+                    nursery.start_soon(self._answer, messages.decode_asked(packed))
+            nursery.cancel_scope.cancel()
+
+    async def send(self, message: messages.FromMover) -> None:
+        self._out += messages.frame(message)
+        self._wake.set()
+
+    async def _write(self) -> None:
+        """Send what has gathered; answers that end together leave in one system call."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            out, self._out = self._out, bytearray()
+            try:
+                await self._stream.send_all(out)
+            except trio.BrokenResourceError:
+                return
+
+    async def _answer(self, asked: messages.Asked) -> None:
+        try:
+            answer = await self._mover.handle(asked.request)
+        except SluiceError as error:
+            answer = messages.failure(asked.number, error)
+        except Exception as error:
+            log.exception("a request failed: %r", asked.request)
+            answer = messages.failure(asked.number, SluiceError(f"{type(error).__name__}: {error}"))
+        if not isinstance(asked.request, messages.UNANSWERED):
+            answer.number = asked.number
+            await self.send(answer)
+
+
+async def serve_control(admin: Admin, stream: trio.SocketStream) -> None:
+    """Serve one connection of the control socket: one request, its progress, its result."""
+    async with stream:
+        try:
+            if not _is_allowed(stream):
+                await _reply(stream, {"error": "this mount belongs to another user"})
+                return
+            request = json.loads(await _receive_line(stream))
+            result = await admin.handle(request, lambda progress: _reply(stream, {"progress": progress}))
+            await _reply(stream, {"result": result})
+        except SluiceError as error:
+            await _reply(stream, {"error": str(error)})
+        except (ValueError, KeyError, TypeError) as error:
+            await _reply(stream, {"error": f"not a request: {error!r}"})
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+
+async def _receive_line(stream: trio.SocketStream) -> bytes:
+    received = bytearray()
+    while not received.endswith(b"\n"):
+        chunk = await stream.receive_some(65536)
+        if not chunk or len(received) > REQUEST_BYTES_MAX:
+            raise ValueError("the request is cut off or too long")
+        received += chunk
+    return bytes(received)
+
+
+async def _reply(stream: trio.SocketStream, reply: dict[str, Any]) -> None:
+    try:
+        await stream.send_all(json.dumps(reply).encode() + b"\n")
+    except trio.BrokenResourceError:
+        pass  # The command was interrupted.
+
+
+def _is_allowed(stream: trio.SocketStream) -> bool:
+    packed = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(packed)
+    return uid in (0, os.geteuid())
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Listening sockets that the supervisor made and keeps, so that they outlive each mover."""
+
+    workers: socket.socket
+    control: socket.socket
+
+
+async def serve_mover(
+    config: MountConfig,
+    plans: list[TierPlan],
+    counters: Counters,
+    listeners: Listeners,
+    features: dict[str, Any],
+    on_ready: Callable[[Mover, WorkerConnections], Awaitable[None]],
+) -> None:
+    """Run the mover with its sockets until *on_ready* returns; then move DRAM's content to NVMe."""
+
+    async def serve(mover: Mover, changes: trio.MemoryReceiveChannel[Changed]) -> None:
+        async with trio.open_nursery() as nursery:
+            connections = WorkerConnections(mover)
+            admin = Admin(mover, features, os.getppid() if config.workers else os.getpid())
+            nursery.start_soon(connections.tell_changes, changes)
+            nursery.start_soon(_accept, nursery, listeners.workers, connections.serve)
+            nursery.start_soon(_accept, nursery, listeners.control, partial(serve_control, admin))
+            await on_ready(mover, connections)
+            async for _ in mover.residency.drain_dram():
+                pass
+            nursery.cancel_scope.cancel()
+
+    await run_mover(config, plans, counters, serve)
+
+
+async def _accept(
+    nursery: trio.Nursery, listening: socket.socket, serve: Callable[[trio.SocketStream], Awaitable[None]]
+) -> None:
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening.dup()))
+    while True:
+        try:
+            nursery.start_soon(serve, await listener.accept())
+        except OSError as error:
+            log.warning("can't accept a connection: %s", error)
+            await trio.sleep(0.1)

@@ -1,0 +1,255 @@
+"""One tier: a directory of files named by object version, and its byte budget.
+
+  objects/ab/<id>   whole objects, immutable           partial/ab/<id>   sparse files
+  incoming/         being written; emptied at start
+
+File calls here block and release the interpreter lock; the accounting is for the mover's trio
+thread alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from cache.errors import BlockCorrupt, CacheError, CacheFull
+from cache.model import BLOCK_BYTES, GROUP_BYTES, GroupIndex, ObjectVersion, VersionId
+from cache.records import Group, VersionRow, block_checksums
+
+_XATTR = "user.sluice.version"  # msgpack [key, etag, size, xxh3_128 of the block checksums]
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class TierFiles:
+    """Where the bytes are. Used by the mover and, for reading, by every worker."""
+
+    def __init__(self, name: str, path: Path, *, is_memory: bool) -> None:
+        self.name = name
+        self.path = path
+        self.is_memory = is_memory
+        self._objects = str(path / "objects")
+        self._partial = str(path / "partial")
+        self._incoming = path / "incoming"
+        self._serial = 0
+
+    def __repr__(self) -> str:
+        return f"<tier {self.name} {self.path}>"
+
+    def prepare(self) -> None:
+        """Make the directories and empty incoming/. Raises CacheError."""
+        try:
+            shutil.rmtree(self._incoming, ignore_errors=True)
+            self._incoming.mkdir(parents=True)
+            for folder in (self._objects, self._partial):
+                for i in range(256):
+                    os.makedirs(f"{folder}/{i:02x}", exist_ok=True)
+        except OSError as error:
+            raise CacheError(f"{self.path}: {error.strerror}") from error
+
+    def object_path(self, vid: bytes) -> str:
+        name = vid.hex()
+        return f"{self._objects}/{name[:2]}/{name}"
+
+    def partial_path(self, vid: bytes) -> str:
+        name = vid.hex()
+        return f"{self._partial}/{name[:2]}/{name}"
+
+    def file_path(self, vid: bytes, *, whole: bool) -> str:
+        return self.object_path(vid) if whole else self.partial_path(vid)
+
+    def land_whole(self, version: ObjectVersion, vid: bytes, body: bytes | bytearray | memoryview) -> list[int]:
+        """Store a whole object and return its block checksums. Raises CacheFull, CacheError."""
+        checksums = block_checksums(body)
+        with _as_cache_errors(self.path):
+            path = self._new_path(vid)
+            try:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    _write_all(fd, body, 0)
+                    if not self.is_memory:
+                        os.setxattr(fd, _XATTR, _label(version, checksums))
+                finally:
+                    os.close(fd)
+                os.rename(path, self.object_path(vid))
+            except BaseException:
+                _unlink(path)
+                raise
+        return checksums
+
+    def land_blocks(self, vid: bytes, offset: int, body: bytes | bytearray | memoryview) -> list[int]:
+        """Store *body* at *offset*, a block boundary, of the sparse file; return its checksums."""
+        checksums = block_checksums(body)
+        with _as_cache_errors(self.path):
+            fd = os.open(self.partial_path(vid), os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                _write_all(fd, body, offset)
+            finally:
+                os.close(fd)
+        return checksums
+
+    def make_whole(self, version: ObjectVersion, vid: bytes, checksums: list[int]) -> None:
+        """Move a sparse file, all of whose blocks have landed, to objects/."""
+        with _as_cache_errors(self.path):
+            if not self.is_memory:
+                os.setxattr(self.partial_path(vid), _XATTR, _label(version, checksums))
+            os.rename(self.partial_path(vid), self.object_path(vid))
+
+    def punch(self, vid: bytes, group: GroupIndex) -> None:
+        """Give the disk space of one group of a sparse file back."""
+        with _as_cache_errors(self.path):
+            fd = os.open(self.partial_path(vid), os.O_WRONLY)
+            try:
+                mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+                if _libc.fallocate(fd, mode, group * GROUP_BYTES, GROUP_BYTES):
+                    code = ctypes.get_errno()
+                    raise OSError(code, os.strerror(code))
+            finally:
+                os.close(fd)
+
+    def remove(self, vid: bytes) -> None:
+        """Unlink the version's files, where there are any."""
+        _unlink(self.object_path(vid))
+        _unlink(self.partial_path(vid))
+
+    def copy_from(
+        self, source: TierFiles, row: VersionRow, vid: bytes, groups: list[tuple[GroupIndex, Group]]
+    ) -> None:
+        """Copy what *groups* say is there of a version, checked on the way. Raises BlockCorrupt."""
+        with _as_cache_errors(self.path):
+            path = self._new_path(vid)
+            try:
+                with (
+                    open(source.file_path(vid, whole=row.whole), "rb", buffering=0) as reader,
+                    open(path, "xb", buffering=0) as writer,
+                ):
+                    for index, group in groups:
+                        _copy_group(reader.fileno(), writer.fileno(), index, group, reader.name)
+                    if row.whole and not self.is_memory:
+                        checksums = [checksum for _, group in groups for checksum in group.checksums]
+                        os.setxattr(writer.fileno(), _XATTR, _label(row.version, checksums))
+                os.rename(path, self.file_path(vid, whole=row.whole))
+            except BaseException:
+                _unlink(path)
+                raise
+
+    def read_label(self, vid: bytes) -> tuple[ObjectVersion, list[int]] | None:
+        """Return a whole object's version and block checksums if its bytes bear its label out."""
+        path = self.object_path(vid)
+        try:
+            key, etag, size_bytes, digest = msgspec.msgpack.decode(
+                os.getxattr(path, _XATTR), type=tuple[bytes, str, int, bytes]
+            )
+            version = ObjectVersion(key.decode("utf-8", "surrogateescape"), etag, size_bytes)
+            if version.id != vid or os.stat(path).st_size != size_bytes:
+                return None
+            checksums: list[int] = []
+            with open(path, "rb") as reader:
+                while chunk := reader.read(GROUP_BYTES):
+                    checksums += block_checksums(chunk)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return (version, checksums) if _digest(checksums) == digest else None
+
+    def stored(self) -> Iterator[tuple[VersionId, bool, int]]:
+        """Yield (version id, whole, charged bytes) of every file; unlink what has no such name."""
+        for folder, whole in ((self._objects, True), (self._partial, False)):
+            for i in range(256):
+                with os.scandir(f"{folder}/{i:02x}") as entries:
+                    for entry in entries:
+                        vid = _vid_of(entry.name)
+                        if vid is None:
+                            _unlink(entry.path)
+                            continue
+                        yield vid, whole, entry.stat().st_blocks * 512
+
+    def free_bytes(self) -> int:
+        """Return what the file system under this tier still has to give."""
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize
+
+    def _new_path(self, vid: bytes) -> str:
+        self._serial += 1
+        return f"{self._incoming}/{vid.hex()}-{self._serial}"
+
+
+class TierBudget:
+    """Bytes charged to one tier. Invariant: 0 <= used_bytes <= size_bytes, always.
+
+    What is about to be written is charged before, so the disk never holds more than is charged.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.used_bytes = 0
+
+    @property
+    def room_bytes(self) -> int:
+        return self.size_bytes - self.used_bytes
+
+    def take(self, charged_bytes: int) -> None:
+        assert charged_bytes >= 0 and charged_bytes <= self.room_bytes, (charged_bytes, self.room_bytes)
+        self.used_bytes += charged_bytes
+
+    def give_back(self, charged_bytes: int) -> None:
+        assert 0 <= charged_bytes <= self.used_bytes, (charged_bytes, self.used_bytes)
+        self.used_bytes -= charged_bytes
+
+
+def _copy_group(reader: int, writer: int, index: GroupIndex, group: Group, path: str) -> None:
+    offset = index * GROUP_BYTES
+    body = memoryview(os.pread(reader, GROUP_BYTES, offset))
+    for i, expected in enumerate(group.checksums):
+        if group.present >> i & 1:
+            block = body[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]
+            if xxhash.xxh3_64_intdigest(block) != expected:
+                raise BlockCorrupt(f"{path}: block {i} of group {index} does not match its checksum")
+            _write_all(writer, block, offset + i * BLOCK_BYTES)
+
+
+def _digest(checksums: list[int]) -> bytes:
+    return xxhash.xxh3_128_digest(array("Q", checksums).tobytes())
+
+
+def _label(version: ObjectVersion, checksums: list[int]) -> bytes:
+    key = version.key.encode("utf-8", "surrogateescape")
+    return msgspec.msgpack.encode((key, version.etag, version.size_bytes, _digest(checksums)))
+
+
+def _vid_of(name: str) -> VersionId | None:
+    try:
+        vid = bytes.fromhex(name)
+    except ValueError:
+        return None
+    return VersionId(vid) if len(vid) == 16 else None
+
+
+def _write_all(fd: int, body: bytes | bytearray | memoryview, offset: int) -> None:
+    view = memoryview(body)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def _as_cache_errors(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind = CacheFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else CacheError
+        raise kind(f"{where}: {error.strerror}") from error

@@ -1,0 +1,116 @@
+"""The FUSE device and the mount itself: mount(2) as root, fusermount3 for everybody else."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from pathlib import Path
+
+from cache.errors import SluiceError, UsageError
+
+FILESYSTEM_TYPE = "fuse.sluice"
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MNT_DETACH = 1, 2, 4, 2
+_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)  # linux/fuse.h: FUSE_NOTIFY_RESEND, kernel 6.9.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def mount_device(source: str, mountpoint: Path, *, read_only: bool, allow_other: bool) -> int:
+    """Mount and return the device's descriptor, not yet initialised. Raises SluiceError."""
+    if os.geteuid() == 0:
+        return _mount_as_root(source, mountpoint, read_only=read_only, allow_other=allow_other)
+    return _mount_with_helper(source, mountpoint, read_only=read_only, allow_other=allow_other)
+
+
+def _mount_as_root(source: str, mountpoint: Path, *, read_only: bool, allow_other: bool) -> int:
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise SluiceError(f"/dev/fuse: {error.strerror}; load the fuse module (modprobe fuse)") from error
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions"
+    if allow_other:
+        options += ",allow_other"
+    flags = _MS_NOSUID | _MS_NODEV | (_MS_RDONLY if read_only else 0)
+    arguments = [text.encode() for text in (source, str(mountpoint), FILESYSTEM_TYPE)]
+    if _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode()):
+        code = ctypes.get_errno()
+        os.close(device)
+        raise SluiceError(f"{mountpoint}: can't mount there: {os.strerror(code)}")
+    return device
+
+
+def _mount_with_helper(source: str, mountpoint: Path, *, read_only: bool, allow_other: bool) -> int:
+    """fusermount3 mounts and sends the descriptor over a socket (libfuse, util/fusermount.c)."""
+    helper = shutil.which("fusermount3")
+    if helper is None:
+        raise SluiceError("fusermount3 is missing: install the package fuse3, or mount as root")
+    options = f"nosuid,nodev,subtype=sluice,fsname={source},default_permissions,{'ro' if read_only else 'rw'}"
+    if allow_other:
+        options += ",allow_other"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        result = subprocess.run(
+            [helper, "-o", options, "--", str(mountpoint)],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if result.returncode:
+            line = " ".join(result.stderr.split())
+            if "user_allow_other" in line:
+                raise UsageError("--allow-other: needs the line user_allow_other in /etc/fuse.conf")
+            raise SluiceError(f"{mountpoint}: can't mount there: {line}")
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                return array.array("i", data)[0]
+    raise SluiceError("fusermount3 sent no device")
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount. Raises OSError: EBUSY while files are open there, EINVAL if nothing is mounted."""
+    if os.geteuid() == 0:
+        if _libc.umount2(str(mountpoint).encode(), _MNT_DETACH if lazy else 0):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(mountpoint))
+        return
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        code = errno.EBUSY if "busy" in result.stderr else errno.EINVAL
+        raise OSError(code, os.strerror(code), str(mountpoint))
+
+
+def resend_requests(device: int) -> bool:
+    """Have the kernel send the unanswered requests again; return False where it can't (< 6.9)."""
+    try:
+        os.write(device, _NOTIFY_RESEND)
+    except OSError:
+        return False
+    return True
+
+
+def set_read_ahead(mountpoint: Path, kib: int) -> str | None:
+    """Set how far the kernel reads ahead in this mount; return None, or why it stays at 128 KiB."""
+    number = os.stat(mountpoint).st_dev
+    path = f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb"
+    try:
+        Path(path).write_text(str(kib))
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None
+
+
+def mount_tmpfs(directory: Path, size_bytes: int) -> str | None:
+    """Mount a tmpfs of that size (or resize the one that is there); return None, or why not."""
+    options = f"size={size_bytes},mode=0700".encode()
+    flags = 0x20 if os.path.ismount(directory) else _MS_NOSUID | _MS_NODEV  # 0x20: MS_REMOUNT
+    if _libc.mount(b"sluice-dram", str(directory).encode(), b"tmpfs", ctypes.c_ulong(flags), options):
+        return os.strerror(ctypes.get_errno())
+    return None

@@ -1,0 +1,220 @@
+"""The POSIX verbs over namespace and cache tiers. Knows no pyfuse3, so it is tested without a mount.
+
+File handles are numbers that mean the same in every worker: the inode, and one bit that says that
+this open waited for the lake, so that its reads are counted as the lake's.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from array import array
+from collections.abc import Iterable
+
+import trio
+
+from cache.client import MoverClient
+from cache.counters import CounterRow
+from cache.errors import CacheError, ObjectMissing
+from cache.index import Index
+from cache.messages import Corrupt, Fetch, ReadSeen, ReadThrough, Request, Used
+from cache.model import (
+    BLOCK_BYTES,
+    GROUP_BLOCKS,
+    GROUP_BYTES,
+    SMALL_OBJECT_BYTES_MAX,
+    Inode,
+)
+from cache.records import Group, Node, VersionRow, block_checksums, group_key
+from cache.tier import TierFiles
+from fusefs.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+WAITED_BIT = 1 << 62  # Of a file handle. Inodes are far smaller.
+_TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
+_USED_BATCH = 128
+
+
+class Filesystem:
+    """*tiers*: in the order of the index's tier numbers. *counters*: this process's row."""
+
+    def __init__(
+        self,
+        index: Index,
+        tiers: list[TierFiles],
+        mover: MoverClient,
+        namespace: Namespace,
+        counters: CounterRow,
+    ) -> None:
+        self.namespace = namespace
+        self._index = index
+        self._tiers = tiers
+        self._mover = mover
+        self._counters = counters
+        self._used: list[bytes] = []
+
+    # Open
+
+    async def open_file(self, inode: Inode) -> int:
+        """Return the handle. A small object is resident afterwards; a large one comes as it is read.
+
+        Raises ObjectChanged or ObjectMissing when the lake holds another version by now: the
+        kernel then looks the path up again.
+        """
+        node = self._node(inode)
+        self._counters.add("opens")
+        if not 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+            return inode
+        row = self._index.version(node.vid)
+        if row is not None and row.whole:
+            self._note_used(node.vid)
+            return inode
+        try:
+            await self._wait(Fetch(inode, 0, node.size_bytes, opening=True))
+        except CacheError:
+            pass  # The reads will ask the lake.
+        return inode | WAITED_BIT
+
+    def _node(self, inode: Inode) -> Node:
+        node = self._index.node(inode)
+        if node is None:
+            raise ObjectMissing(f"inode {inode} is not known")
+        return node
+
+    # Read
+
+    async def read(self, handle: int, offset: int, length: int) -> bytes | bytearray | memoryview:
+        """Return the bytes; fewer than *length* only at the end of the file. Raises SluiceError."""
+        inode, waited = Inode(handle & ~WAITED_BIT), bool(handle & WAITED_BIT)
+        node = self._node(inode)
+        length = min(length, node.size_bytes - offset)
+        if length <= 0:
+            return b""
+        self._counters.add("reads")
+        for _ in range(_TRIES_MAX):
+            try:
+                found = await self._read_resident(inode, node, offset, length)
+                if found is not None:
+                    body, source = found
+                    self._counters.add("bytes_lake" if waited else source, length)
+                    return body
+                waited = True
+                await self._wait(Fetch(inode, offset, length, opening=False))
+            except CacheError:
+                break  # A failed cache never fails a read: ask the lake for the bytes themselves.
+        answer = await self._wait(ReadThrough(inode, offset, length))
+        self._counters.add("bytes_through", length)
+        return answer
+
+    async def _wait(self, request: Request) -> bytes:
+        """Ask the mover and count the time."""
+        started_ns = time.monotonic_ns()
+        try:
+            return (await self._mover.ask(request)).body
+        finally:
+            self._counters.add("waits")
+            self._counters.add("wait_us", (time.monotonic_ns() - started_ns) // 1000)
+
+    async def _read_resident(
+        self, inode: Inode, node: Node, offset: int, length: int
+    ) -> tuple[bytes | bytearray | memoryview, str] | None:
+        """Return the bytes and their counter's name, or None where a block is not there (any more)."""
+        groups = range(offset // GROUP_BYTES, (offset + length - 1) // GROUP_BYTES + 1)
+        row, rows = self._index.residence(node.vid, groups)
+        first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
+        if row is None or (expected := _expected(rows, groups, first, last)) is None:
+            return None
+        if not row.whole:
+            self._mover.tell(ReadSeen(inode, offset, length))
+            self._note_used(*(group_key(node.vid, group) for group in groups))
+        start, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, node.size_bytes)
+        body = await self._pread(row, node.vid, start, end - start)
+        if body is None:
+            return None
+        if block_checksums(body) != expected:
+            await self._note_mismatch(node, groups, rows)
+            return None
+        tier = self._tiers[row.tier]
+        source = "bytes_dram" if tier.is_memory else "bytes_nvme"
+        if end - start == length:
+            return body, source
+        return memoryview(body)[offset - start : offset - start + length], source
+
+    async def _pread(self, row: VersionRow, vid: bytes, offset: int, length: int) -> bytes | bytearray | None:
+        tier = self._tiers[row.tier]
+        try:
+            fd = os.open(tier.file_path(vid, whole=row.whole), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None  # Moved, made whole or evicted since we looked.
+        except OSError as error:
+            log.warning("%s: %s; read from the lake", tier.path, error.strerror)
+            raise CacheError(f"{tier.path}: {error.strerror}") from error
+        try:
+            if tier.is_memory:
+                return os.pread(fd, length, offset)
+            return await _pread_disk(fd, length, offset)
+        except OSError as error:
+            log.warning("%s: %s; the object is dropped and fetched again", tier.path, error.strerror)
+            return b""  # Fails the checksum, so the mover drops it.
+        finally:
+            os.close(fd)
+
+    async def _note_mismatch(self, node: Node, groups: range, seen: list[Group | None]) -> None:
+        """Tell a block that left while it was read from one that went bad, and have that dropped."""
+        _, now = self._index.residence(node.vid, groups)
+        for group, before, after in zip(groups, seen, now, strict=True):
+            if after is None or before is None or after.generation != before.generation:
+                return
+        self._counters.add("corrupt_blocks")
+        log.error("%s: a cached block of it does not match its checksum: dropped", os.fsdecode(node.name))
+        for group in groups:
+            await self._mover.ask(Corrupt(node.vid, group))
+
+    # Use
+
+    def _note_used(self, *items: bytes) -> None:
+        self._used += items
+        if len(self._used) >= _USED_BATCH:
+            self.flush_used()
+
+    def flush_used(self) -> None:
+        """Tell the mover which cached items were used, for its eviction policy."""
+        if self._used:
+            used, self._used = self._used, []
+            self._mover.tell(Used(used))
+
+    async def flush_used_regularly(self) -> None:
+        while True:
+            await trio.sleep(0.25)
+            self.flush_used()
+
+
+def _expected(rows: Iterable[Group | None], groups: range, first: int, last: int) -> list[int] | None:
+    """Return the checksums of blocks *first* to *last*, or None where one is missing."""
+    checksums: list[int] = []
+    for group, row in zip(groups, rows, strict=True):
+        if row is None:
+            return None
+        start = max(first - group * GROUP_BLOCKS, 0)
+        stop = min(last - group * GROUP_BLOCKS + 1, GROUP_BLOCKS)
+        wanted = (1 << stop) - (1 << start)
+        if row.present & wanted != wanted:
+            return None
+        part: array[int] = row.checksums[start:stop]
+        checksums += part
+    return checksums
+
+
+async def _pread_disk(fd: int, length: int, offset: int) -> bytes | bytearray:
+    """Read what the page cache has at once; wait for the disk in a thread."""
+    body = bytearray(length)
+    try:
+        if os.preadv(fd, [body], offset, os.RWF_NOWAIT) == length:
+            return body
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+    return await trio.to_thread.run_sync(os.pread, fd, length, offset)

@@ -1,0 +1,113 @@
+"""Inodes and names as the kernel asks for them: from the index, and the mover where it is stale."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cache.client import MoverClient
+from cache.index import Index
+from cache.messages import List, Lookup, RelistAhead
+from cache.model import Inode
+from cache.policy.freshness import FOREVER_S, Freshness
+from cache.records import DirectoryState, Node
+
+# An inode is one object version: its attributes never change, only names do.
+ATTRIBUTE_TTL_S = FOREVER_S
+_RELIST_TOLD_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name's inode and for how many seconds the kernel may believe it."""
+
+    inode: Inode
+    node: Node
+    valid_s: float
+
+
+class Namespace:
+    def __init__(
+        self,
+        index: Index,
+        mover: MoverClient,
+        freshness: Freshness,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._index = index
+        self._mover = mover
+        self._freshness = freshness
+        self._clock = clock
+        self._relist_told_s: dict[Inode, float] = {}
+
+    def node(self, inode: Inode) -> Node | None:
+        return self._index.node(inode)
+
+    async def lookup(self, parent: Inode, name: bytes) -> tuple[Entry | None, float]:
+        """Return the entry, or None, and for how many seconds either is known. Raises SluiceError.
+
+        Asks the lake only where neither a listing nor an earlier question is fresh.
+        """
+        state, entry = self._known(parent, name)
+        if entry is not None and entry.valid_s > 0:
+            self._keep_fresh(parent, state)
+            return entry, entry.valid_s
+        if state is not None and (valid_s := self._remaining(state)) > 0:
+            return entry, valid_s
+        answer = await self._mover.ask(Lookup(parent, name))
+        state, entry = self._known(parent, name)
+        if not answer.value:
+            return None, self._freshness.remaining_s(self._clock(), self._clock())
+        return entry, entry.valid_s if entry is not None else 0.0
+
+    def _known(self, parent: Inode, name: bytes) -> tuple[DirectoryState | None, Entry | None]:
+        state = self._index.directory(parent)
+        found = self._index.child(parent, name)
+        if found is None:
+            return state, None
+        inode, node = found
+        valid_s = self._freshness.remaining_s(node.seen_at_s, self._clock())
+        if state is not None:
+            valid_s = max(valid_s, self._remaining(state))
+        return state, Entry(inode, node, valid_s)
+
+    def _remaining(self, state: DirectoryState) -> float:
+        return self._freshness.remaining_s(state.listed_at_s, self._clock())
+
+    def _keep_fresh(self, inode: Inode, state: DirectoryState | None) -> None:
+        """Have a directory in use listed again before it expires, so that nobody waits for it."""
+        now_s = self._clock()
+        if state is None or not self._freshness.wants_relist_ahead(
+            state.listed_at_s, state.duration_s, now_s
+        ):
+            return
+        if now_s - self._relist_told_s.get(inode, 0.0) >= _RELIST_TOLD_EVERY_S:
+            if len(self._relist_told_s) > 10_000:
+                self._relist_told_s.clear()
+            self._relist_told_s[inode] = now_s
+            self._mover.tell(RelistAhead(inode))
+
+    async def make_listed(self, inode: Inode) -> None:
+        """Return when the index holds the directory's entries. Raises SluiceError."""
+        state = self._index.directory(inode)
+        if state is None or self._remaining(state) <= 0:
+            await self._mover.ask(List(inode))
+
+    def is_listed(self, inode: Inode) -> bool:
+        state = self._index.directory(inode)
+        return state is not None and self._remaining(state) > 0
+
+    def entries(self, inode: Inode, cookie: int, limit: int) -> list[Entry]:
+        """Return up to *limit* entries behind *cookie*: 0, or the inode of the last entry given.
+
+        The order is that of the names, so entries that come or go meanwhile disturb no reader,
+        and any worker can go on where another stopped.
+        """
+        after = b""
+        if cookie:
+            last = self._index.node(cookie)
+            after = last.name if last is not None else b""
+        state = self._index.directory(inode)
+        valid_s = self._remaining(state) if state is not None else 0.0
+        return [Entry(child, node, valid_s) for child, node in self._index.children(inode, after, limit)]

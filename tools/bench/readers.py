@@ -1,0 +1,90 @@
+"""Processes that read files as loader processes do, forked and waiting before the clock starts."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from tools.bench.figures import MeasurementFailed
+
+READ_BYTES = 1 << 20
+
+
+def read_file(path: str) -> int:
+    """Open *path*, read it to its end, close it; return the bytes read. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size_bytes = 0
+        while piece := os.read(fd, READ_BYTES):
+            size_bytes += len(piece)
+        return size_bytes
+    finally:
+        os.close(fd)
+
+
+def read_files(paths: Sequence[str]) -> int:
+    return sum(map(read_file, paths))
+
+
+def shuffled_shares(items: Sequence[str], shares: int, seed: int) -> list[list[str]]:
+    """Return *items* in an order that *seed* gives, dealt to *shares*, as samplers deal to ranks."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return [order[share::shares] for share in range(shares)]
+
+
+def timed(work: Callable[[Any], int], shares: Sequence[Any], expected_bytes: int) -> float:
+    """Return the seconds from the word "go" to the last end of *work* on each share, a process each.
+
+    *work* returns the bytes that it read. Raises MeasurementFailed unless they add up to *expected_bytes*.
+    """
+    fork = get_context("fork")
+    children: list[tuple[BaseProcess, Connection]] = []
+    try:
+        for share in shares:
+            ours, theirs = fork.Pipe()
+            child: BaseProcess = fork.Process(target=_child, args=(work, share, theirs), daemon=True)
+            child.start()
+            theirs.close()
+            children.append((child, ours))
+        for _, connection in children:
+            connection.recv()  # Ready.
+        start_s = time.perf_counter()
+        for _, connection in children:
+            connection.send("go")
+        results = [_result(connection) for _, connection in children]
+        took_s = time.perf_counter() - start_s
+    finally:
+        for child, connection in children:
+            connection.close()
+            child.join(1)
+            child.kill()
+            child.join()
+    if sum(results) != expected_bytes:
+        raise MeasurementFailed(f"{sum(results)} bytes were read instead of {expected_bytes}")
+    return took_s
+
+
+def _child(work: Callable[[Any], int], share: Any, connection: Connection) -> None:
+    try:
+        connection.send("ready")
+        connection.recv()
+        connection.send(work(share))
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def _result(connection: Connection) -> int:
+    try:
+        result = connection.recv()
+    except EOFError as error:
+        raise MeasurementFailed("a reader process ended without a result") from error
+    if not isinstance(result, int):
+        raise MeasurementFailed(f"a reader process failed: {result}")
+    return result

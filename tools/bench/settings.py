@@ -1,0 +1,50 @@
+"""What all benchmarks of one run share."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.bench.lakes import BUCKET, Endpoint
+from tools.mounted import Mounted
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    work: Path  # Everything on disk goes below it.
+    scale: float = 1.0  # Factor for counts and sizes; the figures are defined for 1.
+    rounds: int = 5
+    mount_options: Sequence[str] = ()  # Given to every `sluice mount`.
+    _serial: Iterator[int] = field(default_factory=itertools.count)
+
+    def scaled(self, count: int, least: int = 1) -> int:
+        return max(least, round(count * self.scale))
+
+    @contextmanager
+    def directory(self, name: str) -> Iterator[Path]:
+        """Yield a new directory that is removed at the end."""
+        path = self.work / f"{name}-{next(self._serial)}"
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def mounted(self, endpoint: Endpoint, options: Sequence[str] = ()) -> Iterator[Mounted]:
+        """Yield the bucket, freshly mounted with an empty cache; both are gone at the end."""
+        with self.directory("mount") as path:
+            lake_options = [f"--endpoint-url={endpoint.url}", *options, *self.mount_options]
+            environment = endpoint.environment()
+            with Mounted(f"s3://{BUCKET}", path / "data", path / "cache", lake_options, environment) as mount:
+                yield mount
+
+
+def sources(mount: Mounted) -> Mapping[str, int]:
+    """Return the bytes that reads got so far, by source."""
+    by_source: Mapping[str, int] = mount.status()["reads"]["bytes_by_source"]
+    return by_source

@@ -1,0 +1,499 @@
+"""The options of `sluice mount`: one table, from which the command line, the TOML file and fstab are read.
+
+`read()` turns an argument list into a `MountConfig`, or raises UsageError with one line that names
+the option, its value and the mend. Precedence: command line, `-o`, file, default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import grp
+import math
+import os
+import pwd
+import re
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from cache.config import (
+    CacheDirectory,
+    LakeConfig,
+    MountConfig,
+    check_runnable,
+    default_cache_path,
+    parse_size,
+)
+from cache.errors import UsageError
+from cache.model import GIB, KIB, MIB
+
+TIER_BYTES_MIN = 64 * MIB  # Eight small objects: with less, a tier only moves bytes to and fro.
+DRAM_BYTES_DEFAULT_MAX = 4 * GIB
+
+# What mount(8) and systemd put into fstab lines and what says nothing to us.
+GENERIC_OPTIONS = re.compile(
+    r"rw|defaults|auto|noauto|nofail|_netdev|user|nouser|users|owner|group|(no)?exec|(no)?suid|(no)?dev"
+    r"|(no)?(dir|rel|strict)?atime|(no)?lazytime|sync|async|dirsync|silent|loud|comment|fsname|subtype|x-.*"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a value is read. *parse* raises ValueError("what is wrong; the mend")."""
+
+    parse: Callable[[str], Any]
+    toml_types: tuple[type, ...]
+    wanted: str  # "a number of seconds": ends the sentence "must be …".
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    name: str  # On the command line after "--", in the TOML file and in fstab alike.
+    kind: Kind
+    help: str
+    default: str = ""  # As shown in the help.
+    metavar: str | None = None  # None: a flag.
+    repeatable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value as somebody wrote it. *mention* starts the error line: "--ttl -5", "a.toml: ttl = -5"."""
+
+    value: str
+    mention: str
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UsageErrors of one line with the closest option."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
+        if unknown:
+            near = closest(unknown[1].split("=")[0], list(self._option_string_actions))
+            message = f"{unknown[1]}: not an option of `{self.prog}`{near}"
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    """Return "; did you mean X?" for the nearest of *known*, or ""."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def format_size(size_bytes: float) -> str:
+    """Return "1.5 GiB" for people."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size_bytes) < KIB:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= KIB
+    return f"{size_bytes:.1f} PiB"
+
+
+# --- Kinds of values ---------------------------------------------------------------------------
+
+
+def _number(convert: Callable[[str], float], wanted: str, least: float, most: float, unit: str) -> Kind:
+    span = f"from {least:.10g} to {most:.10g}{unit}"
+
+    def parse(text: str) -> float:
+        try:
+            number = convert(text)
+        except ValueError:
+            raise ValueError(f"not {wanted}; give one {span}") from None
+        if not math.isfinite(number) or not least <= number <= most:
+            raise ValueError(f"must be {span}")
+        return number
+
+    return Kind(parse, (int,) if convert is int else (int, float), wanted)
+
+
+def _seconds(least: float, most: float) -> Kind:
+    return _number(float, "a number of seconds", least, most, " seconds")
+
+
+def _count(least: int, most: int) -> Kind:
+    return _number(int, "a whole number", least, most, "")
+
+
+def _choice(*names: str) -> Kind:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return text
+
+    return Kind(parse, (str,), f"one of {', '.join(names)}")
+
+
+def _parse_cache(text: str) -> CacheDirectory:
+    path, colon, size = text.rpartition(":")
+    if not colon or "/" in size:  # The colon, if any, belongs to the path.
+        path, size_bytes = text, None
+    else:
+        size_bytes = parse_size(size)
+        if size_bytes < TIER_BYTES_MIN:
+            raise ValueError(f"{size} is too small for a cache; give at least {format_size(TIER_BYTES_MIN)}")
+    return CacheDirectory(_parse_path(path), size_bytes)
+
+
+def _parse_path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError("no path; give one")
+    return Path(text).expanduser().resolve()
+
+
+def _parse_dram(text: str) -> int:
+    size_bytes = parse_size(text)
+    if 0 < size_bytes < TIER_BYTES_MIN:
+        raise ValueError(f"too small for a tier; give 0 for none, or at least {format_size(TIER_BYTES_MIN)}")
+    if size_bytes > (memory := memory_bytes()):
+        raise ValueError(f"more than the memory there is; give less than {format_size(memory)}")
+    return size_bytes
+
+
+def _parse_word(text: str) -> str:
+    if not re.fullmatch(r"[\w.@:/+=-][\w.@:/+= -]*", text):
+        raise ValueError("not a usable name; letters, digits and . _ - are")
+    return text
+
+
+def _parse_endpoint(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or parts.query or parts.fragment:
+        raise ValueError("no endpoint URL; write it like https://host or http://host:9000")
+    return text.rstrip("/")
+
+
+def _parse_owner(find: Callable[[str], int], what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"\d{1,10}", text) and int(text) < 2**32 - 1:
+            return int(text)
+        try:
+            return find(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"no {what} of this machine; give a number or a name that `id` knows") from None
+
+    return parse
+
+
+def _parse_flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("takes no value; write just the option, or true or false in the file")
+    return text == "true"
+
+
+def _parse_read_only(text: str) -> bool:
+    if not _parse_flag(text):
+        raise ValueError("this version mounts for reading only; leave the option out")
+    return True
+
+
+_SIZE = Kind(parse_size, (str, int), "a size such as 100G")
+_FLAG = Kind(_parse_flag, (bool,), "true or false")
+_WORD = Kind(_parse_word, (str,), "a text")
+_DRAM = Kind(_parse_dram, (str, int), "a size such as 4G")
+_READ_ONLY = Kind(_parse_read_only, (bool,), "true")
+_PATH = Kind(_parse_path, (str,), "a path")
+_CACHE = Kind(_parse_cache, (str,), "a directory with or without a size, or a list of them")
+_UID = Kind(_parse_owner(lambda name: pwd.getpwnam(name).pw_uid, "user"), (int, str), "a user")
+_GID = Kind(_parse_owner(lambda name: grp.getgrnam(name).gr_gid, "group"), (int, str), "a group")
+_LOG_LEVEL = _choice("debug", "info", "warning", "error")
+
+_CACHE_DEFAULT = "half of what is free below ~/.cache/sluice (root: /var/cache/sluice)"
+
+OPTIONS = (
+    Option(
+        "cache", _CACHE, "cache directory; once for each disk", _CACHE_DEFAULT, "DIR[:SIZE]", repeatable=True
+    ),
+    Option("dram", _DRAM, "tier in memory; 0 for none", "an eighth of the memory, at most 4G", "SIZE"),
+    Option("read-only", _READ_ONLY, "mount for reading only", "always"),
+    Option("immutable", _FLAG, "objects never change: never ask the lake again about what is known"),
+    Option("ttl", _seconds(0, 365 * 86400), "how long names and sizes are believed", "60", "SECONDS"),
+    Option("workers", _count(0, 256), "processes that answer; 0: one for all", "one for each two cores", "N"),
+    Option("policy", _choice("epoch", "lru"), "what leaves a full cache first", "epoch", "epoch|lru"),
+    Option("endpoint-url", Kind(_parse_endpoint, (str,), "a URL"), "S3 server", "Amazon's", "URL"),
+    Option("aws-profile", _WORD, "profile of the AWS configuration", "boto3's choice", "NAME"),
+    Option("region", _WORD, "region of the bucket", "boto3's choice", "NAME"),
+    Option("anonymous", _FLAG, "sign no request: for public buckets"),
+    Option("path-style", _FLAG, "the bucket in the path, not in the host name", "with --endpoint-url"),
+    Option("ca-bundle", _PATH, "certificates to trust (PEM)", "boto3's choice", "FILE"),
+    Option("connect-timeout", _seconds(0.1, 3600), "limit for connecting to the lake", "5", "SECONDS"),
+    Option("read-timeout", _seconds(0.1, 3600), "limit for silence of the lake", "20", "SECONDS"),
+    Option("retry", _seconds(0, 86400), "how long a request to a failing lake is repeated", "30", "SECONDS"),
+    Option("fetch-threads", _count(1, 1024), "requests to the lake at one time", "32", "N"),
+    Option("keep-free", _SIZE, "space left free on the disk of each cache directory", "1G", "SIZE"),
+    Option("allow-other", _FLAG, "let other users in"),
+    Option("uid", _UID, "owner shown for every file", "yours", "UID"),
+    Option("gid", _GID, "group shown for every file", "yours", "GID"),
+    Option("foreground", _FLAG, "stay in the foreground and log to standard error"),
+    Option("log-file", _PATH, "where to log", '"log" in the first cache directory', "FILE"),
+    Option("log-level", _LOG_LEVEL, "what to log", "info", "debug|info|warning|error"),
+)
+_BY_NAME = {option.name: option for option in OPTIONS}
+_POSITIONALS = ("lake", "mountpoint")  # Keys of the TOML file besides the options.
+
+
+def mount_parser() -> Parser:
+    """Return the parser of `sluice mount`, made from the table."""
+    parser = Parser(
+        prog="sluice mount",
+        description="Mount a data lake. Every option is a key of the TOML file and a word for -o, too.",
+    )
+    parser.add_argument("lake", nargs="?", metavar="LAKE", help="s3://bucket[/prefix] or a directory")
+    parser.add_argument("mountpoint", nargs="?", metavar="DIR", help="an empty directory")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with options")
+    parser.add_argument("-o", action="append", default=[], metavar="OPTIONS", help="as in /etc/fstab")
+    for flag in ("-n", "-s", "-v"):  # mount(8) passes them on; they say nothing to us.
+        parser.add_argument(flag, action="store_true", dest=f"_{flag}", help=argparse.SUPPRESS)
+    for option in OPTIONS:
+        text = option.help + (f" (default: {option.default})" if option.default else "")
+        text = text.replace("%", "%%")
+        if option.metavar is None:
+            parser.add_argument(f"--{option.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            action = "append" if option.repeatable else "store"
+            parser.add_argument(f"--{option.name}", action=action, metavar=option.metavar, help=text)
+    return parser
+
+
+def _from_command_line(arguments: argparse.Namespace) -> dict[str, list[Given]]:
+    given: dict[str, list[Given]] = {}
+    for name in _POSITIONALS:
+        if (text := getattr(arguments, name)) is not None:
+            given[name] = [Given(text, f"{name} {text!r}")]
+    for option in OPTIONS:
+        value = getattr(arguments, option.name.replace("-", "_"))
+        if isinstance(value, bool):
+            given[option.name] = [Given(str(value).lower(), f"--{'' if value else 'no-'}{option.name}")]
+        elif value is not None:
+            texts = value if isinstance(value, list) else [value]
+            given[option.name] = [Given(text, f"--{option.name} {text}") for text in texts]
+    return given
+
+
+def _from_fstab(words: str) -> tuple[dict[str, list[Given]], str | None]:
+    """Return the values of an -o list, and its `config` if it has one."""
+    given: dict[str, list[Given]] = {}
+    config: str | None = None
+    for word in re.split(r"(?<!\\),", words):  # libfuse's way to write a comma: backslash, comma.
+        word = word.replace("\\,", ",").strip()
+        key, equals, value = word.partition("=")
+        name = key.replace("_", "-")
+        if not word or GENERIC_OPTIONS.fullmatch(key):
+            continue
+        if name == "config":
+            config = value
+        elif name == "ro":
+            given["read-only"] = [Given("true", "-o ro")]
+        elif (option := _BY_NAME.get(name)) is None:
+            raise UsageError(f"-o {word}: not an option of SluiceFS{closest(name, list(_BY_NAME))}")
+        elif option.metavar is None:
+            given[name] = [Given(value if equals else "true", f"-o {word}")]
+        elif option.repeatable:
+            given.setdefault(name, []).extend(Given(v, f"-o {key}={v}") for v in value.split(";") if v)
+        else:
+            given[name] = [Given(value, f"-o {word}")]
+    return given, config
+
+
+def _from_file(path: Path) -> dict[str, list[Given]]:
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}; name a readable TOML file") from error
+    except ValueError as error:  # Also bytes that are no UTF-8.
+        raise UsageError(f"--config {path}: not valid TOML: {error}") from error
+    given: dict[str, list[Given]] = {}
+    for key, value in table.items():
+        known = [*_BY_NAME, *_POSITIONALS]
+        if key not in known:
+            raise UsageError(
+                f"{path}: {key}: unknown key{closest(key, known) or '; see `sluice mount --help`'}"
+            )
+        given[key] = _from_toml_value(path, key, value)
+    return given
+
+
+def _from_toml_value(path: Path, key: str, value: Any) -> list[Given]:
+    option = _BY_NAME.get(key)
+    kind = option.kind if option else _WORD
+    several = option is not None and option.repeatable and isinstance(value, list)
+    items: list[Any] = value if several else [value]
+    for item in items:
+        wrong_bool = isinstance(item, bool) and bool not in kind.toml_types
+        if wrong_bool or not isinstance(item, kind.toml_types):
+            raise UsageError(f"{path}: {key} = {item!r}: must be {kind.wanted}")
+    texts = [str(item).lower() if isinstance(item, bool) else str(item) for item in items]
+    return [Given(text, f"{path}: {key} = {text}") for text in texts]
+
+
+# --- Checks ------------------------------------------------------------------------------------
+
+
+class Values:
+    """What was given, with the winners only; parsed on request."""
+
+    def __init__(self, given: dict[str, list[Given]]) -> None:
+        self._given = given
+
+    def all(self, name: str) -> list[tuple[Any, str]]:
+        """Return the parsed values of option *name* with their mentions; empty if it was not given."""
+        return [
+            (checked(given, _BY_NAME[name].kind.parse), given.mention) for given in self._given.get(name, [])
+        ]
+
+    def get(self, name: str, default: Any) -> Any:
+        parsed = self.all(name)
+        return parsed[-1][0] if parsed else default
+
+    def mention(self, name: str) -> str:
+        return self._given[name][-1].mention if name in self._given else f"--{name} (default)"
+
+    def positional(self, name: str, metavar: str) -> Given:
+        if name not in self._given:
+            raise UsageError(
+                f"{metavar} is missing: write `sluice mount LAKE DIR` or `{name} = …` in the file"
+            )
+        return self._given[name][-1]
+
+
+def checked(given: Given, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(given.value)
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a home or a link without end.
+        raise UsageError(f"{given.mention}: {error}") from error
+
+
+def read(argv: Sequence[str]) -> tuple[MountConfig, Values]:
+    """Return the configuration for the arguments after `sluice mount`, and who gave what.
+
+    Each value and their combinations are checked; `tools/mount.py` checks them against the disk.
+    Raises UsageError.
+    """
+    arguments = mount_parser().parse_args(_joined(argv))
+    fstab, config = _from_fstab(",".join(arguments.o))
+    config = arguments.config or config
+    file = _from_file(Path(config).expanduser()) if config is not None else {}
+    values = Values({**file, **fstab, **_from_command_line(arguments)})
+    return _build(values), values
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Return *argv* with "--dram", "-1G" made one word: argparse would take the size for an option."""
+    words: list[str] = []
+    for word in argv:
+        if words and re.match(r"-\.?\d", word) and words[-1].removeprefix("--") in _BY_NAME:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _build(values: Values) -> MountConfig:
+    lake = _lake(values)
+    mountpoint_given = values.positional("mountpoint", "DIR")
+    caches = tuple(parsed for parsed, _ in values.all("cache")) or (CacheDirectory(default_cache_path(lake)),)
+    config = MountConfig(
+        lake=lake,
+        mountpoint=checked(mountpoint_given, _parse_path),
+        caches=caches,
+        dram_bytes=values.get("dram", dram_bytes_default()),
+        read_only=values.get("read-only", True),
+        immutable=values.get("immutable", False),
+        ttl_s=values.get("ttl", 60.0),
+        workers=values.get("workers", max(1, len(os.sched_getaffinity(0)) // 2)),
+        policy=values.get("policy", "epoch"),
+        allow_other=values.get("allow-other", False),
+        uid=values.get("uid", os.getuid()),
+        gid=values.get("gid", os.getgid()),
+        retry_s=values.get("retry", 30.0),
+        fetch_threads=values.get("fetch-threads", 32),
+        free_space_min_bytes=values.get("keep-free", GIB),
+        foreground=values.get("foreground", False),
+        log_file=values.get("log-file", None),
+        log_level=values.get("log-level", "info"),
+    )
+    check_runnable(config)
+    return config
+
+
+def _lake(values: Values) -> LakeConfig:
+    given = values.positional("lake", "LAKE")
+    endpoint = values.get("endpoint-url", None)
+    lake = LakeConfig(
+        url=checked(given, lambda text: _parse_lake(text, relaxed=endpoint is not None)),
+        endpoint_url=endpoint,
+        aws_profile=values.get("aws-profile", None),
+        region=values.get("region", None),
+        anonymous=values.get("anonymous", False),
+        path_style=values.get("path-style", None),
+        ca_bundle=values.get("ca-bundle", None),
+        connect_timeout_s=values.get("connect-timeout", 5.0),
+        read_timeout_s=values.get("read-timeout", 20.0),
+    )
+    if lake.anonymous and lake.aws_profile is not None:
+        raise UsageError(f"{values.mention('aws-profile')}: contradicts --anonymous; give one of the two")
+    if lake.ca_bundle is not None and not lake.ca_bundle.is_file():
+        raise UsageError(f"{values.mention('ca-bundle')}: no such file; name a PEM file with certificates")
+    return lake
+
+
+def _parse_lake(text: str, *, relaxed: bool) -> str:
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if scheme is None:
+        path = _parse_path(text)
+        if not path.is_dir():
+            raise ValueError("no such directory; give a directory, or s3://bucket[/prefix]")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise ValueError("the directory can't be read; mend its permissions")
+        return str(path)
+    if scheme[1] != "s3":
+        raise ValueError(
+            f"lakes of scheme {scheme[1]}:// are not known; give s3://bucket[/prefix] or a directory"
+        )
+    bucket, _, prefix = text.removeprefix("s3://").partition("/")
+    _check_bucket(bucket, relaxed=relaxed)
+    prefix = prefix.rstrip("/")
+    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
+        raise ValueError("the prefix has an empty part, '.' or '..'; write it like s3://bucket/a/b")
+    return f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+
+
+def _check_bucket(bucket: str, *, relaxed: bool) -> None:
+    """Raise ValueError unless S3 may have such a bucket (S3 User Guide, "Bucket naming rules").
+
+    *relaxed*: another server's rules, which also allow capitals and underscores.
+    """
+    if not bucket:
+        raise ValueError("no bucket; write it like s3://bucket/prefix")
+    pattern = r"[A-Za-z0-9][\w.-]{1,253}[A-Za-z0-9]" if relaxed else r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+    address = re.fullmatch(r"(\d+\.){3}\d+", bucket)
+    if not re.fullmatch(pattern, bucket, re.ASCII) or ".." in bucket or address:
+        raise ValueError(f"{bucket!r} is no bucket name: 3 to 63 of a-z, 0-9, '-' and '.'; mend the URL")
+
+
+def memory_bytes() -> int:
+    """Return the memory that this process may use: the machine's, or less by its control group."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        limit = Path("/sys/fs/cgroup", group, "memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def dram_bytes_default() -> int:
+    eighth = memory_bytes() // 8
+    return min(eighth, DRAM_BYTES_DEFAULT_MAX) if eighth >= TIER_BYTES_MIN else 0
