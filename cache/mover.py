@@ -75,7 +75,7 @@ class Mover:
         """Carry out one request. Raises SluiceError for `messages.failure` to pack."""
         match request:
             case messages.Lookup(parent, name):
-                return Answer(0, value=await self.lister.lookup(Inode(parent), name))
+                return Answer(0, value=int(await self.lister.lookup(Inode(parent), name)))
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length, opening):

@@ -40,7 +40,7 @@ from cache.tier import TierBudget, TierFiles
 
 log = logging.getLogger(__name__)
 
-DRAM_SHARE_MAX = 4  # An object over a quarter of the DRAM tier lands on NVMe.
+DRAM_SHARE_MAX = 2  # An object over half of the DRAM tier lands on NVMe.
 _EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some for the next.
 _DEMOTERS = 4
 _DRAIN_STEP = 256  # Items between two reports of progress.

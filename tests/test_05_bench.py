@@ -10,7 +10,7 @@ import pytest
 from tools.bench import memory
 from tools.bench.figures import Figure, MeasurementFailed, Target, alternate, table
 from tools.bench.list_server import GeneratedKeys, list_page, list_server
-from tools.bench.readers import read_files, shuffled_shares, timed
+from tools.bench.readers import prepare_files, shuffled_shares, timed
 
 
 def test_generated_keys_are_in_byte_order_and_all_different() -> None:
@@ -61,15 +61,15 @@ def test_readers_read_everything_once(tmp_path: Path) -> None:
     shares = shuffled_shares(paths, 3, seed=1)
     assert sorted(path for share in shares for path in share) == paths
     assert shares != shuffled_shares(paths, 3, seed=2)
-    assert timed(read_files, shares, expected_bytes=10_000) > 0
+    assert timed(prepare_files, shares, expected_bytes=10_000) > 0
 
 
 def test_readers_that_read_too_little_or_fail_are_no_result(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
     with pytest.raises(MeasurementFailed, match="1 bytes were read instead of 2"):
-        timed(read_files, [[str(tmp_path / "a")]], expected_bytes=2)
+        timed(prepare_files, [[str(tmp_path / "a")]], expected_bytes=2)
     with pytest.raises(MeasurementFailed, match="FileNotFoundError"):
-        timed(read_files, [[str(tmp_path / "b")]], expected_bytes=0)
+        timed(prepare_files, [[str(tmp_path / "b")]], expected_bytes=0)
 
 
 def test_rounds_alternate_who_begins() -> None:

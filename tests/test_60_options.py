@@ -51,10 +51,10 @@ def test_the_defaults_are_those_of_the_help(here: Path) -> None:
 def test_every_option_reaches_the_configuration(here: Path) -> None:
     (here / "ca.pem").write_text("")
     words = (
-        "--cache cache:1G --cache other:64M --dram 64M --read-only --immutable --ttl 5 --workers 3 --policy lru"
-        " --endpoint-url http://localhost:9000/ --aws-profile me --region eu-1 --path-style --ca-bundle ca.pem"
-        " --connect-timeout 1.5 --read-timeout 2 --retry 0 --fetch-threads 7 --keep-free 1M --allow-other"
-        " --uid 1 --gid 2 --foreground --log-file log --log-level debug"
+        "--cache cache:1G --cache other:64M --dram 64M --read-only --immutable --ttl 5 --workers 3"
+        " --policy lru --endpoint-url http://localhost:9000/ --aws-profile me --region eu-1 --path-style"
+        " --ca-bundle ca.pem --connect-timeout 1.5 --read-timeout 2 --retry 0 --fetch-threads 7"
+        " --keep-free 1M --allow-other --uid 1 --gid 2 --foreground --log-file log --log-level debug"
     )
     config = build(*words.split())
     assert config.caches == (CacheDirectory(here / "cache", GIB), CacheDirectory(here / "other", 64 * MIB))

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import pytest
 
-import tools.mount
 from cache import control
 from cache.config import MountConfig
 from cache.errors import LakeMisconfigured, SluiceError, UsageError
@@ -34,7 +33,8 @@ HOME = Path(__file__).resolve().parent.parent
 
 def test_importing_the_command_imports_nothing_heavy() -> None:
     code = (
-        "import sys, tools.cli, tools.mount, tools.status, tools.ls, tools.umount, tools.evict, tools.doctor\n"
+        "import sys\n"
+        "from tools import cli, doctor, evict, ls, mount, status, umount\n"
         "print([name for name in ('pyfuse3', 'trio', 'boto3', 'rich', 'lmdb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
@@ -104,7 +104,12 @@ def test_what_goes_wrong_is_one_line_without_traceback(
 
 def test_the_form_of_fstab_is_a_mount(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(tools.mount, "main", lambda argv: seen.append(argv) or 0)
+
+    def record(argv: list[str]) -> int:
+        seen.append(argv)
+        return 0
+
+    monkeypatch.setattr(mount, "main", record)
     for argv in (["s3://bucket", "/mnt", "-o", "rw,nofail"], ["/lake", "/mnt"], ["lake", "/mnt", "-o", "ro"]):
         assert cli.main(argv) == 0
         assert seen.pop() == argv
@@ -141,20 +146,22 @@ def test_mount_returns_when_the_mount_answers_and_the_daemon_lives_on(
     def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
         logging.getLogger("test").warning("cwd %s, session %s", os.getcwd(), os.getsid(0) == os.getpid())
         (tmp_path / "pid").write_text(str(os.getpid()))
-        print("to nobody")
+        os.write(1, b"to nobody")
+        signal.alarm(60)  # Nothing stays if the test fails.
         announce()
         announce()  # Says nothing more, and touches no file that has the pipe's number by now.
         (tmp_path / "end").read_text()
         return 0
 
     assert mount.main(arguments, supervise) == 0
-    line = f"mounted {tmp_path}/lake on {tmp_path}/mnt; cache {tmp_path}/cache (64.0 MiB); log {tmp_path}/cache/log\n"
+    cache = tmp_path / "cache"
+    line = f"mounted {tmp_path}/lake on {tmp_path}/mnt; cache {cache} (64.0 MiB); log {cache}/log\n"
     assert capfd.readouterr() == (line, "")
     child = int((tmp_path / "pid").read_text())
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     (tmp_path / "end").write_text("")
     assert os.waitpid(child, 0)[1] == 0
-    log = tmp_path / "cache" / "log"
+    log = cache / "log"
     assert f"WARNING {child} cwd /, session True\n" in log.read_text()
     assert log.stat().st_mode & 0o777 == 0o600
 
@@ -188,7 +195,7 @@ def test_an_unexpected_error_is_a_line_here_and_a_traceback_in_the_log(
     def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
         raise ZeroDivisionError("by zero")
 
-    with pytest.raises(SluiceError, match="internal error: ZeroDivisionError: by zero; see the log .*/log"):
+    with pytest.raises(SluiceError, match=r"internal error: ZeroDivisionError: by zero; see the log .*/log"):
         mount.main(arguments, supervise)
     assert "Traceback" in (tmp_path / "cache" / "log").read_text()
 
@@ -201,6 +208,7 @@ def test_a_daemon_that_dies_is_told_with_its_last_words_even_if_a_worker_lives(
 
     def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
         if (worker := os.fork()) == 0:  # Holds the pipe: its end does not come.
+            signal.alarm(60)
             signal.pause()
         (tmp_path / "worker").write_text(str(worker))
         logging.getLogger("test").error("last words")
@@ -221,6 +229,7 @@ def test_ending_mount_while_it_waits_ends_the_daemon(arguments: list[str], tmp_p
 
     def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
         (tmp_path / "pid").write_text(str(os.getpid()))
+        signal.alarm(60)
         os.kill(waiter, signal.SIGTERM)
         signal.pause()  # SIGTERM ends it.
         return 0

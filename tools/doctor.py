@@ -164,13 +164,12 @@ def sharing_check() -> Check:
 
 def channel_check() -> Check:
     try:
-        importlib.import_module("fusefs._channel")
-        importlib.import_module("fusefs.channel")
+        reason: str | None = importlib.import_module("fusefs.channel").load()
     except Exception as error:  # Whatever an extension that was built elsewhere may raise.
-        cost = "one worker only, no passthrough, every open reaches Python"
-        mend = "apt install gcc libfuse3-dev pkg-config python3-dev, then install sluicefs again"
-        return Check("channel extension", "off", f"{type(error).__name__}: {error}", cost, mend)
-    return ok("channel extension", "built")
+        reason = f"{type(error).__name__}: {error}"
+    cost = "one worker only, no passthrough, every open reaches Python"
+    mend = "apt install gcc libfuse3-dev pkg-config python3-dev, then install sluicefs again"
+    return ok("channel extension", reason or "loaded").unless(reason is None, "off", cost, mend)
 
 
 def package_check(name: str, cost: str = "") -> Check:

@@ -146,7 +146,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
             ("read from", ", ".join(f"{name} {format_size(size)}" for name, size in by_source.items()))
         )
     if lake_io := status.get("lake_io"):
-        rows.append(("lake", _lake_io(lake_io)))
+        rows.append(("lake traffic", _lake_io(lake_io)))
     if dirty_bytes := status.get("dirty_bytes"):
         rows.append(("not uploaded", format_size(dirty_bytes)))
     rows += [(f"feature {name}", _feature(value)) for name, value in status.get("features", {}).items()]

@@ -55,10 +55,11 @@ def _mountpoint(directory: str) -> Path:
         raise UsageError(
             f"{directory}: a mount of type {mount.filesystem_type}, not of SluiceFS; use umount(8)"
         )
-    with contextlib.suppress(UsageError):
+    try:
         above, _ = find_mount(directory)
-        raise UsageError(f"{directory}: not a mount point; it lies in the mount {above}")
-    raise UsageError(f"{directory}: nothing is mounted there; `sluice status` lists the mounts")
+    except UsageError:
+        raise UsageError(f"{directory}: nothing is mounted there; `sluice status` lists the mounts") from None
+    raise UsageError(f"{directory}: not a mount point; it lies in the mount {above}; unmount that")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ objects one after the other: no FUSE, no cache, no other process.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tools.bench import lakes, readers
@@ -39,11 +39,11 @@ def measure(settings: Settings) -> list[Figure]:
                     if listed != lakes.paths_below(mount.directory, keys):
                         raise MeasurementFailed(f"the mount shows {len(listed)} files, not the expected ones")
                     shares = readers.shuffled_shares(listed, READERS, number)
-                    return len(keys) / readers.timed(readers.read_files, shares, expected_bytes)
+                    return len(keys) / readers.timed(readers.prepare_files, shares, expected_bytes)
 
             def baseline(number: int) -> float:
                 share = (endpoint, readers.shuffled_shares(keys, READERS, number + settings.rounds))
-                return len(keys) / readers.timed(fetch_with_threads, [share], expected_bytes)
+                return len(keys) / readers.timed(prepare_threads, [share], expected_bytes)
 
             rates = alternate(ours, baseline, settings.rounds, NAME)
     return [
@@ -64,13 +64,16 @@ def measure(settings: Settings) -> list[Figure]:
     ]
 
 
-def fetch_with_threads(work: tuple[lakes.Endpoint, Sequence[Sequence[str]]]) -> int:
-    """Fetch each share of keys in a thread; return the bytes. Runs in a process of its own."""
-    endpoint, shares = work
+def prepare_threads(share: tuple[lakes.Endpoint, Sequence[Sequence[str]]]) -> Callable[[], int]:
+    """Return what fetches each list of keys in a thread and returns the bytes."""
+    endpoint, lists = share
     store = endpoint.obstore()
 
-    def fetch(share: Sequence[str]) -> int:
-        return sum(len(store.get(key).bytes()) for key in share)
+    def fetch(keys: Sequence[str]) -> int:
+        return sum(len(store.get(key).bytes()) for key in keys)
 
-    with ThreadPoolExecutor(len(shares)) as pool:
-        return sum(pool.map(fetch, shares))
+    def work() -> int:
+        with ThreadPoolExecutor(len(lists)) as pool:
+            return sum(pool.map(fetch, lists))
+
+    return work

@@ -124,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._object(key)
         elif "location" in query:
             self._reply(b'<LocationConstraint xmlns="http://s3.amazonaws.com/doc/2006-03-01/"/>')
+        elif query.get("list-type") != "2":
+            self._error(HTTPStatus.NOT_IMPLEMENTED, "NotImplemented")
         else:
             self._list(query)
 

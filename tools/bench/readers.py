@@ -15,6 +15,8 @@ from tools.bench.figures import MeasurementFailed
 
 READ_BYTES = 1 << 20
 
+Prepare = Callable[[Any], Callable[[], int]]
+
 
 def read_file(path: str) -> int:
     """Open *path*, read it to its end, close it; return the bytes read. Raises OSError."""
@@ -28,8 +30,9 @@ def read_file(path: str) -> int:
         os.close(fd)
 
 
-def read_files(paths: Sequence[str]) -> int:
-    return sum(map(read_file, paths))
+def prepare_files(paths: Sequence[str]) -> Callable[[], int]:
+    """Return what reads each of *paths* once and returns the bytes."""
+    return lambda: sum(map(read_file, paths))
 
 
 def shuffled_shares(items: Sequence[str], shares: int, seed: int) -> list[list[str]]:
@@ -39,22 +42,25 @@ def shuffled_shares(items: Sequence[str], shares: int, seed: int) -> list[list[s
     return [order[share::shares] for share in range(shares)]
 
 
-def timed(work: Callable[[Any], int], shares: Sequence[Any], expected_bytes: int) -> float:
-    """Return the seconds from the word "go" to the last end of *work* on each share, a process each.
+def timed(prepare: Prepare, shares: Sequence[Any], expected_bytes: int) -> float:
+    """Return the seconds from the word "go" to the end of the last share's work, a process each.
 
-    *work* returns the bytes that it read. Raises MeasurementFailed unless they add up to *expected_bytes*.
+    *prepare* is called with the share before the clock starts, in the share's process; what it returns
+    does the work and returns the bytes read. Raises MeasurementFailed unless they add up to
+    *expected_bytes*.
     """
     fork = get_context("fork")
     children: list[tuple[BaseProcess, Connection]] = []
     try:
         for share in shares:
             ours, theirs = fork.Pipe()
-            child: BaseProcess = fork.Process(target=_child, args=(work, share, theirs), daemon=True)
+            child: BaseProcess = fork.Process(target=_child, args=(prepare, share, theirs), daemon=True)
             child.start()
             theirs.close()
             children.append((child, ours))
         for _, connection in children:
-            connection.recv()  # Ready.
+            if (said := connection.recv()) != "ready":
+                raise MeasurementFailed(f"a reader process failed: {said}")
         start_s = time.perf_counter()
         for _, connection in children:
             connection.send("go")
@@ -71,11 +77,12 @@ def timed(work: Callable[[Any], int], shares: Sequence[Any], expected_bytes: int
     return took_s
 
 
-def _child(work: Callable[[Any], int], share: Any, connection: Connection) -> None:
+def _child(prepare: Prepare, share: Any, connection: Connection) -> None:
     try:
+        work = prepare(share)
         connection.send("ready")
         connection.recv()
-        connection.send(work(share))
+        connection.send(work())
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
 

@@ -7,6 +7,7 @@ order: what a client can do that neither stores nor checks anything. So is the m
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -46,13 +47,13 @@ def _measure(
             mover = mount.pids()["mover"]
             file = str(mount.directory / KEY)
             with PeakSampler(lambda: mover) as peak:
-                took_s = readers.timed(readers.read_files, [[file]], size_bytes)
+                took_s = readers.timed(readers.prepare_files, [[file]], size_bytes)
             private.append(float(peak.private_bytes_max))
             anonymous.append(float(peak.anonymous_bytes_max))
             return size_bytes / MIB / took_s
 
     def baseline(_: int) -> float:
-        return size_bytes / MIB / readers.timed(fetch_ranges, [(endpoint, size_bytes)], size_bytes)
+        return size_bytes / MIB / readers.timed(prepare_ranges, [(endpoint, size_bytes)], size_bytes)
 
     rates = alternate(ours, baseline, settings.rounds, name)
     return [
@@ -76,20 +77,23 @@ def _measure(
     ]
 
 
-def fetch_ranges(work: tuple[lakes.Endpoint, int]) -> int:
-    """Fetch the object in ranges, in order, a bounded number at a time; return the bytes."""
-    endpoint, size_bytes = work
+def prepare_ranges(share: tuple[lakes.Endpoint, int]) -> Callable[[], int]:
+    """Return what fetches the object in ranges, a bounded number at a time, and returns the bytes."""
+    endpoint, size_bytes = share
     store = endpoint.obstore()
 
     def fetch(start: int) -> int:
         data: Any = store.get_range(KEY, start=start, end=min(size_bytes, start + RANGE_BYTES))
         return len(data)
 
-    fetched_bytes = 0
-    under_way: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
-        for start in range(0, size_bytes, RANGE_BYTES):
-            if len(under_way) == RANGES_AT_ONCE:
-                fetched_bytes += under_way.popleft().result()
-            under_way.append(pool.submit(fetch, start))
-        return fetched_bytes + sum(future.result() for future in under_way)
+    def work() -> int:
+        fetched_bytes = 0
+        under_way: deque[Future[int]] = deque()
+        with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+            for start in range(0, size_bytes, RANGE_BYTES):
+                if len(under_way) == RANGES_AT_ONCE:
+                    fetched_bytes += under_way.popleft().result()
+                under_way.append(pool.submit(fetch, start))
+            return fetched_bytes + sum(future.result() for future in under_way)
+
+    return work

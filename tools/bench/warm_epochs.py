@@ -31,7 +31,7 @@ def measure(settings: Settings) -> list[Figure]:
             def epoch(side: Path, seed: int) -> float:
                 """Return files per second of one epoch, in an order of its own."""
                 shares = readers.shuffled_shares(files_of[side], PROCESSES, seed)
-                took_s = readers.timed(readers.read_files, shares, len(keys) * FILE_BYTES)
+                took_s = readers.timed(readers.prepare_files, shares, len(keys) * FILE_BYTES)
                 return len(keys) / took_s
 
             progress(f"{NAME}: first epochs, not counted")
