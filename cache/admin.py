@@ -51,7 +51,7 @@ class Admin:
             "mountpoint": str(config.mountpoint),
             "lake": config.lake.url,
             "endpoint_url": config.lake.endpoint_url,
-            "profile": "auto",
+            "profile": config.profile,
             "read_only": config.read_only,
             "immutable": config.immutable,
             "ttl_s": config.ttl_s,

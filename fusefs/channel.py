@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from cache.config import MountConfig
+
 
 def load() -> str | None:
     """Load the extension; return None, or why there can be one worker only.
@@ -24,3 +26,19 @@ def load() -> str | None:
     finally:
         sys.setdlopenflags(flags)
     return None
+
+
+def no_open_feature(config: MountConfig, no_channel: str | None) -> dict[str, object]:
+    """Return whether open(2) sends no request on this mount, and why: a feature of `status`.
+
+    Such a mount is fast (a hit in the page cache costs no request at all), but it learns only
+    when it reads that the lake holds another version: read(2) then fails with ESTALE, where
+    otherwise open(2) would have found the new version.
+    """
+    if config.profile == "checkpoint":
+        return {"on": False, "reason": "--profile checkpoint: open looks for the newest version"}
+    if not config.read_only:
+        return {"on": False, "reason": "the mount is writable"}
+    if no_channel is not None:
+        return {"on": False, "reason": no_channel}
+    return {"on": True, "reason": f"--profile {config.profile}, read-only: opens cost no request"}

@@ -20,7 +20,7 @@ from cache.errors import SluiceError
 from cache.mover import Mover, TierPlan
 from cache.server import Listeners, WorkerConnections, serve_mover
 from cache.store import CacheStore
-from fusefs import device
+from fusefs import channel, device
 from fusefs.operations import Operations
 from fusefs.worker import equip
 
@@ -36,13 +36,14 @@ def run(
 ) -> int:
     """Serve the mount in this process until it is unmounted; return the exit status."""
     features["several_workers"] = {"on": False, "reason": "--workers 0"}
+    features["no_open"] = channel.no_open_feature(config, channel.load())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
     async def serve(mover: Mover, _: WorkerConnections) -> None:
         await mover.check_lake()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_unmount_on_signal, config)
-            await _serve_session(config, mover, counters, announce)
+            await _serve_session(config, mover, counters, announce, no_open=bool(features["no_open"]["on"]))
             nursery.cancel_scope.cancel()
 
     try:
@@ -57,14 +58,14 @@ def run(
 
 
 async def _serve_session(
-    config: MountConfig, mover: Mover, counters: Counters, announce: Callable[[], None]
+    config: MountConfig, mover: Mover, counters: Counters, announce: Callable[[], None], *, no_open: bool
 ) -> None:
     fd = device.mount_device(
         config.lake.url, config.mountpoint, read_only=config.read_only, allow_other=config.allow_other
     )
     try:
         initialised = trio.Event()
-        operations = Operations(config, initialised.set)
+        operations = Operations(config, initialised.set, no_open=no_open)
         pyfuse3.init(operations, f"/dev/fd/{fd}", set())
         async with trio.open_nursery() as nursery:
             client = LocalMoverClient(mover.handle, nursery)

@@ -123,6 +123,7 @@ def _note_features(mount: Mount) -> None:
         "on": NO_CHANNEL is None and mount.config.workers > 1,
         "reason": NO_CHANNEL or f"--workers {mount.config.workers}",
     }
+    mount.features["no_open"] = channel.no_open_feature(mount.config, NO_CHANNEL)
     mount.features["passthrough"] = {"on": False, "reason": "not in this version"}
 
 
@@ -186,7 +187,7 @@ def _mount_and_shake_hands(mount: Mount) -> Operations:
         source, config.mountpoint, read_only=config.read_only, allow_other=config.allow_other
     )
     handshake = trio.Event()
-    operations = Operations(config, lambda: handshake.set())
+    operations = Operations(config, lambda: handshake.set(), no_open=bool(mount.features["no_open"]["on"]))
     pyfuse3.init(operations, f"/dev/fd/{mount.device}", set())
     operations.counters = mount.counters.row(0)
     trio.run(_shake_hands, handshake)

@@ -51,15 +51,17 @@ def s3_credentials(s3_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
 
 
-@pytest.fixture(scope="session")
-def self_signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PEM file with a key and a self-signed certificate for 127.0.0.1."""
+@pytest.fixture(scope="session", params=["CA:FALSE", "CA:TRUE"])
+def self_signed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEM file with a key and a self-signed certificate for 127.0.0.1, marked as a CA's or not."""
     directory = tmp_path_factory.mktemp("tls")
     key, certificate, both = (directory / name for name in ("key.pem", "certificate.pem", "both.pem"))
-    request = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    )
+    extensions = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", f"basicConstraints={request.param}"]
     subprocess.run(
-        [*request.split(), "-keyout", key, "-out", certificate, *subject], check=True, capture_output=True
+        [*command.split(), "-keyout", key, "-out", certificate, *extensions], check=True, capture_output=True
     )
     both.write_bytes(key.read_bytes() + certificate.read_bytes())
     return both

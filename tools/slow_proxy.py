@@ -87,6 +87,7 @@ class SlowProxy:
         self._connections: set[socket.socket] = set()
         self._closing = threading.Event()
         self._listener: socket.socket | None = None
+        self._acceptor = threading.Thread()
         self._port = 0
 
     @property
@@ -118,7 +119,8 @@ class SlowProxy:
     def __enter__(self) -> Self:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self._port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, name="slow-proxy", daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, name="slow-proxy", daemon=True)
+        self._acceptor.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -129,6 +131,8 @@ class SlowProxy:
         self._closing.set()
         if self._listener is not None:
             _shut(self._listener)
+            self._acceptor.join()
+            self._listener.close()
         with self._mutex:
             connections = list(self._connections)
         for connection in connections:
@@ -404,8 +408,6 @@ def _is_readable(connection: socket.socket) -> bool:
 
 
 def _shut(connection: socket.socket) -> None:
-    """End a socket that another thread may be blocked on; that thread closes it."""
+    """End a socket that another thread may be blocked on; that thread goes on and closes it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-    if connection.fileno() >= 0 and connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        connection.close()

@@ -22,10 +22,26 @@ import urllib3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from cache.config import LakeConfig
-from cache.errors import LakeError, LakeMisconfigured, ObjectChanged, ObjectExists, ObjectMissing
+from cache.errors import (
+    LakeError,
+    LakeMisconfigured,
+    LakeUnavailable,
+    ObjectChanged,
+    ObjectExists,
+    ObjectMissing,
+)
 from cache.lake.base import Body, ListPage, Part
 from cache.lake.s3_client import Connection
-from cache.lake.s3_errors import Place, from_exception, from_obstore, from_reply, truncated
+from cache.lake.s3_errors import (
+    Place,
+    answers_html,
+    from_exception,
+    from_obstore,
+    from_reply,
+    is_obstore_tls_failure,
+    no_s3,
+    truncated,
+)
 from cache.model import GIB, MIB, ObjectInfo, ObjectVersion
 
 DELETE_KEYS_MAX = 1000  # S3 API, DeleteObjects.
@@ -65,7 +81,14 @@ class S3Lake:
         self._connection: Connection | None = None
 
     def check(self) -> None:
-        self._list(Prefix=self._prefix, MaxKeys=1)
+        try:
+            reply = self._list(Prefix=self._prefix, MaxKeys=1)
+        except LakeUnavailable as error:
+            if answers_html(error.__cause__):
+                raise no_s3(self._place, "it sends a web page") from error
+            raise
+        if "Name" not in reply and "KeyCount" not in reply:
+            raise no_s3(self._place, "its listing names no bucket")
 
     def list_page(
         self,
@@ -102,18 +125,22 @@ class S3Lake:
         assert length > 0 and 0 <= offset <= version.size_bytes - length, (version, offset, length)
         connection = self._connected()
         name = self._prefix + version.key
-        if connection.store is None or not can_name(name):
+        byte_store = connection.byte_store() if can_name(name) else None
+        if byte_store is None:
             return self._get_plain(connection, version, offset, length)
         try:
             options = {"range": (offset, offset + length), "if_match": version.etag}
-            result = connection.get(connection.store, name, options=options)
+            result = byte_store.get(byte_store.store, name, options=options)
             meta = result.meta
             body = memoryview(result.bytes())
         except Exception as error:  # Its classes are few and change between releases.
             known = from_obstore(error, self._place, version.key)
-            if known is None:
-                return self._get_plain(connection, version, offset, length)
-            raise known from error
+            if known is not None:
+                raise known from error
+            plain = self._get_plain(connection, version, offset, length)
+            if is_obstore_tls_failure(error):  # It would fail at every GET.
+                connection.drop_byte_store("its rules for TLS refuse this server's certificate")
+            return plain
         self._verify(version, meta["e_tag"], meta["size"])
         if len(body) != length or result.range != (offset, offset + length):
             raise truncated(self._place, version.key)
@@ -230,7 +257,7 @@ class S3Lake:
             return connection
         with self._opening:
             if self._connection is None or not self._connection.is_ours:
-                self._connection = Connection.open(self._config, self._bucket, use_obstore=self._use_obstore)
+                self._connection = Connection(self._config, self._bucket, use_obstore=self._use_obstore)
             return self._connection
 
     def _list(self, **request: Any) -> Any:
@@ -352,7 +379,7 @@ class S3Lake:
 
 
 def can_name(name: str) -> bool:
-    """Return whether obstore asks for exactly this key: it refuses or alters the others."""
+    """Return whether obstore, given *name*, asks for exactly this key: it refuses or alters the others."""
     return (
         all(part not in ("", ".", "..") for part in name.split("/"))
         and name.isprintable()  # No control characters, and no surrogates.

@@ -1,14 +1,18 @@
 """The clients of one bucket: boto3 for everything, obstore for the bytes where it can serve.
 
-Both are made by `Connection.open()`, in the process that uses them: obstore hangs in a child
-that was forked after its store was made.
+obstore's threads do not survive a fork, and a child that uses it then hangs. So its store is made
+at the first GET, and a child of a process that made one goes on with boto3 alone.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,14 @@ from urllib.parse import urlsplit
 import boto3
 import botocore
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.utils import parse_timestamp
 
 from cache.config import LakeConfig
 from cache.errors import LakeMisconfigured
 from cache.lake.s3_errors import Place, from_exception
+
+_log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 64
 _REGION_FALLBACK = "us-east-1"
@@ -33,62 +39,93 @@ _CREDENTIALS_TTL = timedelta(minutes=10)
 _WHOLE_REQUEST_TIMEOUT = timedelta(minutes=10)
 
 
+# The process that started obstore's threads. Inherited over fork, as what it tells of is.
+_obstore_pid: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
+class ByteStore:
+    """*get*: `obstore.get`. *store*: its S3Store for the bucket."""
+
+    get: Any
+    store: Any
+
+
 class Connection:
-    """*client*: boto3's S3 client. *get* and *store*: `obstore.get` and its S3Store, or None."""
+    """The clients of one process. *client* is boto3's; `byte_store()` is for GETs alone."""
 
-    client: Any
-    get: Any = None
-    store: Any = None
-    owner_pid: int = field(default_factory=os.getpid)
-
-    @property
-    def is_ours(self) -> bool:
-        return self.owner_pid == os.getpid()
-
-    @staticmethod
-    def open(config: LakeConfig, bucket: str, *, use_obstore: bool = True) -> Connection:
-        """Return clients that agree on credentials, region, endpoint and style of address.
+    def __init__(self, config: LakeConfig, bucket: str, *, use_obstore: bool = True) -> None:
+        """Make clients that agree on credentials, region, endpoint and style of address.
 
         On AWS this asks for the bucket's region (one HEAD), so that a wrong or missing region
         is no error. Raises LakeError.
         """
-        place = Place.of(config)
-        ca_certificates = _read_ca_bundle(config)
-        try:
-            session = _session(config)
-            client = _client(session, config)
-            settled = _settled(client, config, bucket)
-            if settled != config:
-                config, client = settled, _client(session, settled)
-            connection = Connection(client)
-            if use_obstore and not _is_special_bucket(bucket):
-                connection = connection._with_obstore(session, config, bucket, ca_certificates)
-            return connection
-        except (BotoCoreError, ClientError, OSError, ValueError) as error:
-            raise from_exception(error, place, None) from error
+        self._bucket = bucket
+        self._place = Place.of(config)
+        self._owner_pid = os.getpid()
+        self._making = threading.Lock()
+        self._byte_store: ByteStore | None = None
+        self._made = not use_obstore or _is_special_bucket(bucket)
+        self._ca_certificates = _read_ca_bundle(config)
+        with self._translated():
+            self._session = _session(config)
+            self.client = _client(self._session, config)
+            self._config = _settled(self.client, config, bucket)
+            if self._config != config:
+                self.client = _client(self._session, self._config)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it: after a fork, the child makes its own."""
+        return self._owner_pid == os.getpid()
+
+    def byte_store(self) -> ByteStore | None:
+        """Return obstore's store, made at the first call, or None where boto3 has to do."""
+        if not self._made:
+            with self._making, self._translated():
+                if not self._made:
+                    self._byte_store = self._make_byte_store()
+                    self._made = True
+        return self._byte_store
+
+    def drop_byte_store(self, reason: str) -> None:
+        """Go on with boto3 alone."""
+        with self._making:
+            dropped, self._byte_store = self._byte_store, None
+        if dropped is not None:
+            _log.warning("obstore is not used: %s; reading through boto3, slower", reason)
 
     def close(self) -> None:
         self.client.close()
 
-    def _with_obstore(
-        self, session: Any, config: LakeConfig, bucket: str, ca_certificates: bytes | None
-    ) -> Connection:
-        """Return a connection with obstore too; unchanged when it is not installed."""
+    def _make_byte_store(self) -> ByteStore | None:
+        global _obstore_pid
         try:
             obstore: Any = importlib.import_module("obstore")
             stores: Any = importlib.import_module("obstore.store")
             auth: Any = importlib.import_module("obstore.auth.boto3")
         except ImportError:
-            return self
+            _log.info("obstore is not installed: objects are read through boto3, several times slower")
+            return None
+        if _obstore_pid not in (None, os.getpid()):
+            _log.warning("obstore was in use before this process was forked: reading through boto3, slower")
+            return None
         store = stores.S3Store(
-            bucket,
-            config=_obstore_address(self.client, config, bucket),
-            client_options=_obstore_options(self.client, config, ca_certificates),
+            self._bucket,
+            config=_obstore_address(self.client, self._config, self._bucket),
+            client_options=_obstore_options(self.client, self._config, self._ca_certificates),
             retry_config={"max_retries": 0, "retry_timeout": _WHOLE_REQUEST_TIMEOUT},
-            **_obstore_credentials(session, config, auth),
+            **_obstore_credentials(self._session, self._config, auth),
         )
-        return Connection(self.client, obstore.get, store)
+        _obstore_pid = os.getpid()
+        return ByteStore(obstore.get, store)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (BotoCoreError, ClientError, OSError, ValueError) as error:
+            raise from_exception(error, self._place, None) from error
 
 
 def _session(config: LakeConfig) -> Any:
@@ -211,7 +248,7 @@ def _obstore_credentials(session: Any, config: LakeConfig, auth: Any) -> dict[st
     if config.anonymous:
         return {"skip_signature": True}
     if session.get_credentials() is None:
-        raise importlib.import_module("botocore.exceptions").NoCredentialsError
+        raise NoCredentialsError
     provider = auth.Boto3CredentialProvider(session, ttl=_CREDENTIALS_TTL)
     provider.config = {}  # Its idea of the region is the session's, ours the bucket's.
     return {"credential_provider": provider}

@@ -63,13 +63,13 @@ _TLS_MISCONFIGURED = re.compile(
     re.IGNORECASE,
 )
 _OBSTORE_STATUS = re.compile(r"Server returned \S+ status code: (\d{3})")
+_OBSTORE_KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _CODE = re.compile(r"<Code>\s*(\w+)\s*</Code>")
 _REASONS = (  # Of urllib3's texts, Python's ssl and obstore's dump: the part that a person wants.
     re.compile(r"\[Errno -?\d+\] ([^'\")]+)"),
     re.compile(r"Error\(\d+, '([^']+)'"),
     re.compile(r"\[SSL: \w+\] ([^('\"]+)"),
     re.compile(r'message: "([^"]+)"'),
-    re.compile(r"\b(invalid peer certificate: [^\n\"]+|UnknownIssuer|InvalidContentType|DnsError)"),
 )
 
 
@@ -110,7 +110,7 @@ def from_reply(status: int, code: str, message: str, place: Place, key: str | No
     if code in _RETRYABLE or status >= 500:
         return LakeUnavailable(f"{detail} (status {status})")
     if code in _MISSING or status == 404:
-        return ObjectMissing(f"{where}: no such object") if key else _no_s3(place, f"status {status} {code}")
+        return ObjectMissing(f"{where}: no such object") if key else no_s3(place, f"status {status} {code}")
     if status == 412:
         return ObjectChanged(f"{where}: has changed in the lake")
     if status == 416:  # Only a server that ignores If-Match gets here.
@@ -152,7 +152,7 @@ def _from_settings(error: Exception, place: Place) -> LakeError | None:
     if isinstance(error, boto.ParamValidationError) and "bucket name" in text.lower():
         return LakeMisconfigured(f"{place.url}: this is no valid bucket name")
     if isinstance(error, ResponseParserError):
-        return _no_s3(place, "its reply can't be read")
+        return no_s3(place, "its reply can't be read")
     if isinstance(error, boto.SSLError) and _TLS_MISCONFIGURED.search(text):
         return tls_error(place, _reason(text))
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError):
@@ -192,12 +192,31 @@ def from_obstore(error: Exception, place: Place, key: str) -> LakeError | None:
         return from_reply(status, code[1] if code else str(status), "", place, key)
     if "IncompleteBody" in text or "response body error" in text:
         return truncated(place, key)
-    if "kind: Connect" in text:
-        unsafe = _TLS_MISCONFIGURED.search(text)
-        return tls_error(place, _reason(text)) if unsafe else unreachable(place, _reason(text))
-    if "kind: Timeout" in text:
-        return _late(place, key)
-    return _broken(place, key, "no reply") if "kind: " in text else None
+    kind = _OBSTORE_KIND.search(text)
+    if kind is None or is_obstore_tls_failure(error):
+        return None
+    if kind[1] == "Connect":
+        return unreachable(place, _reason(text))
+    return _late(place, key) if kind[1] == "Timeout" else _broken(place, key, "no reply")
+
+
+def is_obstore_tls_failure(error: Exception) -> bool:
+    """Return whether obstore could not agree with the server on TLS.
+
+    Its rules are stricter than OpenSSL's: it refuses a server's self-signed certificate that is
+    marked as a CA's, which boto3 accepts.
+    """
+    text = str(error)
+    kind = _OBSTORE_KIND.search(text)
+    return kind is not None and kind[1] == "Connect" and bool(_TLS_MISCONFIGURED.search(text))
+
+
+def answers_html(error: BaseException | None) -> bool:
+    """Return whether this was a web page where XML was due. botocore makes a 500 of any 200 like that."""
+    if not isinstance(error, boto.ClientError):
+        return False
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return "html" in headers.get("content-type", "") and "x-amz-request-id" not in headers
 
 
 def truncated(place: Place, key: str | None) -> TruncatedBody:
@@ -224,7 +243,7 @@ def tls_error(place: Place, text: str) -> LakeMisconfigured:
     )
 
 
-def _no_s3(place: Place, reason: str) -> LakeMisconfigured:
+def no_s3(place: Place, reason: str) -> LakeMisconfigured:
     return LakeMisconfigured(f"{place.server}: this server does not answer as S3 does ({reason})")
 
 
