@@ -26,17 +26,22 @@ _AHEAD_DIRECTORIES = 64  # Listed ahead of a walk at most, and so many at once:
 _AHEAD_AT_ONCE = 12
 _WALK_MEMORY_S = 30.0  # A child listed within so long of its parent's listing makes a walk.
 _SMALL_PAGES = 2  # A directory of so few pages is listed again rather than asked for single keys.
+_PAUSE_S = 10.0  # So long a listing waits after its first page for somebody who wants the rest.
 _LOOKUPS_BEFORE_LISTING = 8  # Single keys asked for in a directory whose first page was not all.
 
 
 @dataclass(eq=False)
 class ListFlight:
-    """The one listing of a directory. *wanted_whole*: somebody needs more than the first page."""
+    """The one listing of a directory. *wanted_whole*: somebody needs more than the first page.
+
+    *finished* says that the index holds all of it; a flight that nobody wanted whole ends without.
+    """
 
     first_page: trio.Event = field(default_factory=trio.Event)
     done: trio.Event = field(default_factory=trio.Event)
     wanted_whole: trio.Event = field(default_factory=trio.Event)
     error: SluiceError | None = None
+    finished: bool = False
 
 
 class Lister:
@@ -68,12 +73,14 @@ class Lister:
         then listed ahead.
         """
         self._note_walk(inode)
-        if not self._is_listed(inode):
+        while not self._is_listed(inode):
             flight = self._flight(inode)
             flight.wanted_whole.set()
             await flight.done.wait()
             if flight.error is not None:
                 raise flight.error
+            if flight.finished:
+                return  # Even if it took longer than the ttl.
 
     def relist_ahead(self, inode: Inode) -> None:
         """List again before the listing expires; nobody waits for it."""
@@ -92,7 +99,7 @@ class Lister:
             if state is not None:
                 flight.wanted_whole.set()
             await flight.first_page.wait()
-            if flight.done.is_set() and flight.error is None:
+            if flight.finished:
                 return self._index.child(parent, name) is not None
             if flight.error is not None:
                 raise flight.error
@@ -177,15 +184,19 @@ class Lister:
         listing = ListingInProgress(self._index, inode, prefix, time.time())
         page = await self._lake.list_page(prefix, None)
         while page.next_token is not None:
-            page = await self._apply_and_get_next(listing, page, prefix, flight)
+            following = await self._apply_and_get_next(listing, page, prefix, flight)
+            if following is None:
+                return
+            page = following
         await self._committer.commit(lambda w: listing.apply(w, page))
         await self._committer.commit(lambda w: listing.finish(w, time.time()))
+        flight.finished = True
         await self._tell(listing.changed)
 
     async def _apply_and_get_next(
         self, listing: ListingInProgress, page: ListPage, prefix: str, flight: ListFlight
-    ) -> ListPage:
-        """Commit *page* while the next one is under way; return the next."""
+    ) -> ListPage | None:
+        """Commit *page* while the next one is under way; return the next, None if nobody wants it."""
         following: ListPage | None = None
 
         async def get_next() -> None:
@@ -196,7 +207,10 @@ class Lister:
             # Only single keys were asked for so far: they may never need the rest.
             await self._committer.commit(lambda w: listing.apply(w, page))
             flight.first_page.set()
-            await flight.wanted_whole.wait()
+            with trio.move_on_after(_PAUSE_S):
+                await flight.wanted_whole.wait()
+            if not flight.wanted_whole.is_set():
+                return None
             await get_next()
         else:
             try:
@@ -206,7 +220,6 @@ class Lister:
                     flight.first_page.set()
             except* LakeError as group:
                 raise _first(group) from group
-        assert following is not None
         return following
 
     async def _tell(self, changed: Changed) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _DISK_THREADS = 6
 _LIST_THREADS = 12
+_AHEAD_FLIGHTS_MAX = 10  # Of at most 8 MiB each: what read-ahead takes of the mover's memory.
 _AHEAD_WINDOW_BYTES_MAX = 96 * MIB  # What one sequential reader has under way at most.
 _SAVE_USAGE_EVERY_S = 30.0
 
@@ -159,7 +160,7 @@ async def run_mover(config: MountConfig, plans: list[TierPlan], counters: Counte
                 index,
                 residency,
                 SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX),
-                ahead_flights_max=max(1, config.fetch_threads // 2),
+                ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send)

@@ -75,7 +75,7 @@ class MemoryS3:
     def delete(self, *keys: str) -> None:
         with self._mutex:
             for key in keys:
-                del self._objects[key]
+                self._objects.pop(key, None)
             self._sort()
 
     def _sort(self) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +16,18 @@ from pathlib import Path
 import pytest
 
 from cache.config import LakeConfig
-from cache.errors import LakeError, LakeUnavailable, ObjectChanged, ObjectExists, ObjectMissing
+from cache.errors import (
+    LakeError,
+    LakeMisconfigured,
+    LakeUnavailable,
+    ObjectChanged,
+    ObjectExists,
+    ObjectMissing,
+)
 from cache.lake.base import Lake, ListPage
 from cache.lake.directory import DirectoryLake
 from cache.lake.fake import FakeLake
+from cache.lake.open import open_lake
 from cache.lake.s3 import S3Lake
 from cache.model import ObjectInfo, ObjectVersion
 from tools.servers import SeaweedServer
@@ -476,6 +487,31 @@ def test_a_listing_goes_on_when_its_scan_is_forgotten(directory: Path, directory
     other = DirectoryLake(LakeConfig(str(directory)))
     rest = other.list_page("", delimiter=False, keys_max=9, token=page.next_token)
     assert keys_of(page) + keys_of(rest) == [f"d/{number}" for number in range(9)]
+
+
+def test_what_killed_writers_left_is_deleted_after_a_day(directory: Path) -> None:
+    incoming = directory / ".sluice-lake" / "incoming"
+    incoming.mkdir(parents=True)
+    for name, age_s in (("old", 90_000), ("new", 60)):
+        (incoming / name).write_bytes(b"part of a file")
+        os.utime(incoming / name, (time.time() - age_s,) * 2)
+    DirectoryLake(LakeConfig(str(directory))).put("key", b"x")
+    assert [path.name for path in incoming.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("url", ["relative", "/no/such/directory", "/dev/null", "s3://"])
+def test_a_lake_that_can_not_be_is_refused_in_one_line(url: str) -> None:
+    with pytest.raises(LakeMisconfigured) as caught:
+        open_lake(LakeConfig(url))
+    assert str(caught.value).startswith(f"{url}: ")
+
+
+def test_a_directory_lake_is_opened_without_importing_boto3(directory: Path) -> None:
+    program = (
+        "import sys; from cache.config import LakeConfig; from cache.lake.open import open_lake\n"
+        "open_lake(LakeConfig(sys.argv[1])).check(); assert 'boto3' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(directory)], check=True)
 
 
 def test_the_fake_deals_the_faults_it_is_told() -> None:

@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from botocore.exceptions import ClientError
 
 from cache.config import LakeConfig
 from cache.errors import (
@@ -25,6 +27,7 @@ from cache.errors import (
     SlowDown,
     TruncatedBody,
 )
+from cache.lake import s3_client
 from cache.lake.s3 import S3Lake, can_name, quoted
 from cache.lake.s3_errors import Place, from_obstore, from_reply
 from cache.model import ObjectVersion
@@ -317,6 +320,50 @@ def test_each_reply_has_its_class(status: int, code: str, expected: type[LakeErr
     asked = Exception(f"Server returned non-2xx status code: {status} X: <Error><Code>{code}</Code></Error>")
     if status not in (301, 400):  # There boto3 is asked.
         assert type(from_obstore(asked, PLACE, "key")) is expected
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "path_style", "bucket", "expected"),
+    [
+        ("https://s3.eu-west-1.amazonaws.com", None, "lake", "https://lake.s3.eu-west-1.amazonaws.com"),
+        ("https://s3.eu-west-1.amazonaws.com", None, "my.lake", "https://s3.eu-west-1.amazonaws.com"),
+        ("https://s3.eu-west-1.amazonaws.com", True, "lake", "https://s3.eu-west-1.amazonaws.com"),
+        ("http://127.0.0.1:9000", None, "lake", "http://127.0.0.1:9000"),
+        ("https://s3.example.com", False, "lake", "https://lake.s3.example.com"),
+    ],
+)
+def test_obstore_gets_the_address_that_boto3_uses(
+    endpoint: str, path_style: bool | None, bucket: str, expected: str
+) -> None:
+    client = SimpleNamespace(meta=SimpleNamespace(endpoint_url=endpoint, region_name="eu-west-1"))
+    address = s3_client._obstore_address(client, LakeConfig(f"s3://{bucket}", path_style=path_style), bucket)
+    assert address["endpoint"] == address["aws_endpoint_url_s3"] == expected
+    assert address["virtual_hosted_style_request"] == (f"//{bucket}." in expected)
+    assert address["region"] == "eu-west-1"
+
+
+def test_on_aws_the_buckets_own_region_is_used() -> None:
+    def head_bucket(Bucket: str) -> object:
+        headers = {"x-amz-bucket-region": "ap-south-1"}
+        reply = {
+            "Error": {"Code": "403"},
+            "ResponseMetadata": {"HTTPStatusCode": 403, "HTTPHeaders": headers},
+        }
+        raise ClientError(reply, "HeadBucket")
+
+    meta = SimpleNamespace(endpoint_url="https://s3.us-east-1.amazonaws.com", region_name="us-east-1")
+    client = SimpleNamespace(meta=meta, head_bucket=head_bucket)
+    config = LakeConfig("s3://lake", region="us-east-1")
+    assert s3_client._settled(client, config, "lake") == replace(config, region="ap-south-1")
+
+
+def test_a_ca_bundle_that_holds_no_certificate_is_said_so(
+    s3_server: SeaweedServer, server_tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.pem").write_text("nothing")
+    with SlowProxy(s3_server.endpoint_url, tls=server_tls) as proxy:
+        config = LakeConfig("s3://bucket", endpoint_url=proxy.endpoint_url, ca_bundle=tmp_path / "empty.pem")
+        assert "--ca-bundle" in failure(S3Lake(config).check, LakeMisconfigured)
 
 
 def test_what_obstore_leaves_unclear_is_asked_of_boto3() -> None:

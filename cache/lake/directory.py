@@ -34,11 +34,12 @@ from cache.errors import (
     TruncatedBody,
 )
 from cache.lake.base import Body, ListPage, Part
-from cache.lake.directory_files import copy_bytes, read, stamp, sync_directory, write
+from cache.lake.directory_files import copy_bytes, read, stamp, sweep, sync_directory, write
 from cache.lake.directory_listing import Tree
 from cache.model import ObjectInfo, ObjectVersion
 
 _HIDDEN = b".sluice-lake"
+_LEFTOVER_AGE_S = 86400.0
 _XATTR = "user.sluice.metadata"
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -66,6 +67,7 @@ class DirectoryLake:
         self._root = os.path.realpath(_encode(config.url))
         self._tree = Tree(self._root, _HIDDEN)
         self._identity = self._root_identity()
+        self._swept = False  # Of what writers that were killed left in incoming/.
 
     def check(self) -> None:
         self._check_root()
@@ -365,7 +367,11 @@ class DirectoryLake:
     @contextmanager
     def _incoming(self) -> Iterator[tuple[int, bytes]]:
         """Open a new file on the lake's filesystem; removed at the end unless it was moved away."""
-        path = os.path.join(self._own_directory(b"incoming"), secrets.token_hex(16).encode())
+        directory = self._own_directory(b"incoming")
+        if not self._swept:
+            self._swept = True
+            sweep(directory, _LEFTOVER_AGE_S)
+        path = os.path.join(directory, secrets.token_hex(16).encode())
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             yield fd, path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import suppress
 
 from cache.lake.base import Body
 from cache.model import MIB
@@ -29,6 +30,16 @@ def sync_directory(path: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sweep(directory: bytes, age_s: float) -> None:
+    """Delete the files that nobody wrote to for *age_s*. What can't be deleted stays."""
+    before_s = time.time() - age_s
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                if entry.stat(follow_symlinks=False).st_mtime < before_s:
+                    os.unlink(entry.path)
 
 
 def read(fd: int, offset: int, length: int) -> bytes:

@@ -110,13 +110,18 @@ class Connection:
         if _obstore_pid not in (None, os.getpid()):
             _log.warning("obstore was in use before this process was forked: reading through boto3, slower")
             return None
-        store = stores.S3Store(
-            self._bucket,
-            config=_obstore_address(self.client, self._config, self._bucket),
-            client_options=_obstore_options(self.client, self._config, self._ca_certificates),
-            retry_config={"max_retries": 0, "retry_timeout": _WHOLE_REQUEST_TIMEOUT},
-            **_obstore_credentials(self._session, self._config, auth),
-        )
+        credentials = _obstore_credentials(self._session, self._config, auth)
+        try:
+            store = stores.S3Store(
+                self._bucket,
+                config=_obstore_address(self.client, self._config, self._bucket),
+                client_options=_obstore_options(self.client, self._config, self._ca_certificates),
+                retry_config={"max_retries": 0, "retry_timeout": _WHOLE_REQUEST_TIMEOUT},
+                **credentials,
+            )
+        except Exception as error:  # A certificate that it can't parse, an address that it refuses.
+            _log.warning("obstore is not used: %s; reading through boto3, slower", error)
+            return None
         _obstore_pid = os.getpid()
         return ByteStore(obstore.get, store)
 
@@ -130,7 +135,7 @@ class Connection:
 
 def _session(config: LakeConfig) -> Any:
     botocore_session: Any = importlib.import_module("botocore.session").get_session()
-    # Parsing 1000 dates with dateutil takes 30 ms of each page of a listing; this takes 1.
+    # Of each page of a listing, botocore's parser takes 95 ms for 1000 dates, this one 0.4 (timed alone).
     factory = botocore_session.get_component("response_parser_factory")
     factory.set_parser_defaults(timestamp_parser=_parse_timestamp)
     return boto3.session.Session(botocore_session=botocore_session, profile_name=config.aws_profile)

@@ -102,7 +102,8 @@ def printable(text: str) -> str:
 def from_reply(status: int, code: str, message: str, place: Place, key: str | None) -> LakeError:
     """Return the error for an S3 error reply. 404 without a key is a wrong bucket or server."""
     where = place.object(key)
-    detail = f"{where}: {code}{': ' + _one_line(message) if message else ''}"
+    reason = f"{code}: {_one_line(message)}" if message else code
+    detail = f"{where}: {reason}"
     if code in _MISCONFIGURED:
         return LakeMisconfigured(f"{place.url}: {_MISCONFIGURED[code]} ({_server_words(place)}{code})")
     if code in _SLOW_DOWN or status == 429:
@@ -118,7 +119,7 @@ def from_reply(status: int, code: str, message: str, place: Place, key: str | No
     if code == "InvalidObjectState":
         return AccessDenied(f"{where}: archived; restore it from its storage class first")
     if status in (401, 403):
-        return AccessDenied(f"{where}: access denied; these credentials lack the permission ({code})")
+        return AccessDenied(f"{where}: access denied; these credentials lack the permission ({reason})")
     return LakeError(f"{detail} (status {status})")
 
 
@@ -147,7 +148,9 @@ def _from_settings(error: Exception, place: Place) -> LakeError | None:
             f"{place.url}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
             " give --aws-profile, or --anonymous for a public bucket"
         )
-    if isinstance(error, boto.CredentialRetrievalError | boto.SSOError | boto.TokenRetrievalError):
+    if isinstance(error, boto.CredentialRetrievalError | boto.MetadataRetrievalError):
+        return LakeUnavailable(f"{place.url}: could not get credentials: {text}")  # May have worked before.
+    if isinstance(error, boto.SSOError | boto.TokenRetrievalError):
         return LakeMisconfigured(f"{place.url}: could not get credentials: {text}; sign in again")
     if isinstance(error, boto.ParamValidationError) and "bucket name" in text.lower():
         return LakeMisconfigured(f"{place.url}: this is no valid bucket name")
