@@ -72,11 +72,11 @@ class LakeIO:
                 result = await attempt()
             except LakeError as error:
                 elapsed_s = time.monotonic() - started_s
+                tries += 1
                 delay_s = self._retry.delay_s(error, tries, elapsed_s, self._random.random())
                 self._note_failure(verb, key, error, delay_s)
                 if delay_s is None:
                     raise
-                tries += 1
                 self.retries += 1
                 await trio.sleep(delay_s)
             else:

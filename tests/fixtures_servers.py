@@ -54,7 +54,7 @@ def s3_credentials(s3_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="session", params=["CA:FALSE", "CA:TRUE"])
 def self_signed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PEM file with a key and a self-signed certificate for 127.0.0.1, marked as a CA's or not."""
-    directory = tmp_path_factory.mktemp("tls")
+    directory = tmp_path_factory.mktemp(request.param.replace(":", "-"))
     key, certificate, both = (directory / name for name in ("key.pem", "certificate.pem", "both.pem"))
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -121,7 +121,15 @@ class LiveMount(Mounted):
     def __init__(self, lake: str, home: Path, options: list[str], environment: Mapping[str, str]) -> None:
         super().__init__(lake, home / "mount", home / "cache", options, environment)
         self.home = home
+        self.program = [sluice_command()]  # What runs `sluice` here.
         self._watchdog: threading.Timer | None = None
+        self._was_killed = False
+
+    def _sluice(self, *arguments: str) -> str:
+        done = sluice(*arguments, environment=self._environment, program=self.program)
+        if done.returncode != 0:
+            raise MountFailed(f"`sluice {' '.join(arguments)}` failed: {done.stderr.strip()}")
+        return done.stdout
 
     def mount(self) -> None:
         super().mount()
@@ -141,6 +149,8 @@ class LiveMount(Mounted):
     def end(self) -> None:
         """Unmount if that is possible; `end_all` does the rest."""
         self._cancel_watchdog()
+        if self._was_killed:
+            detach(self.cache / "dram")  # Kept for the next mount: it holds what was cached.
         with suppress(MountFailed, subprocess.TimeoutExpired):
             if self.directory in mounts_below(self.home):
                 self.unmount()
@@ -150,7 +160,8 @@ class LiveMount(Mounted):
             self._watchdog.cancel()
 
     def kill_all(self) -> None:
-        """End every process at once, as a power cut would, but for the machine."""
+        """End every process at once."""
+        self._was_killed = True
         kill_each(processes_naming(self.home))
 
     def crash(self) -> None:
@@ -242,10 +253,12 @@ def mounting(tmp_path: Path) -> Iterator[Mounting]:
         yield made
 
 
-def sluice(*arguments: object, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def sluice(
+    *arguments: object, environment: Mapping[str, str] | None = None, program: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run a `sluice` command; never raises for its exit status."""
     return subprocess.run(
-        [sluice_command(), *map(str, arguments)],
+        [*(program or [sluice_command()]), *map(str, arguments)],
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -242,7 +243,11 @@ def test_the_given_endpoint_overrules_the_environment(
 
 
 def test_tls_needs_a_certificate_that_is_trusted(
-    s3_server: SeaweedServer, shared_bucket: str, self_signed: Path, server_tls: ssl.SSLContext
+    s3_server: SeaweedServer,
+    shared_bucket: str,
+    self_signed: Path,
+    server_tls: ssl.SSLContext,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with SlowProxy(s3_server.endpoint_url, tls=server_tls) as proxy:
         config = LakeConfig(f"s3://{shared_bucket}/tls", endpoint_url=proxy.endpoint_url)
@@ -254,6 +259,8 @@ def test_tls_needs_a_certificate_that_is_trusted(
             assert read(lake, version) == CONTENT
             assert read(lake, version) == CONTENT  # Through boto3, if obstore refused the certificate.
         assert "TLS failed" in failure(lambda: read(distrustful, version), LakeMisconfigured)
+    warned = any("obstore is not used" in record.message for record in caplog.records)
+    assert warned == (self_signed.parent.name.startswith("CA-TRUE"))
 
 
 def test_https_to_a_plain_server_is_said_so(s3_server: SeaweedServer) -> None:
@@ -345,7 +352,7 @@ def test_obstore_gets_the_address_that_boto3_uses(
 def test_on_aws_the_buckets_own_region_is_used() -> None:
     def head_bucket(Bucket: str) -> object:
         headers = {"x-amz-bucket-region": "ap-south-1"}
-        reply = {
+        reply: Any = {
             "Error": {"Code": "403"},
             "ResponseMetadata": {"HTTPStatusCode": 403, "HTTPHeaders": headers},
         }

@@ -1,0 +1,196 @@
+"""Any process of a mount may be killed at any moment: reads go on, and the dead are replaced."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.mount_readers import Readers, readers
+from tests.mounting import (
+    MIB,
+    Folder,
+    LiveMount,
+    Mounting,
+    content,
+    is_alive,
+    kill_each,
+    mounts_below,
+    processes_naming,
+    until,
+)
+
+KILLS = 7
+
+
+def fill(folder: Folder) -> dict[str, bytes]:
+    """100 MiB, more than the tiers of these tests hold: so reads always need the mover too."""
+    files = {f"small/{i:03d}": content(110_000 + i, seed=3) for i in range(300)}
+    files |= {f"large/{i}": content(22 * MIB + i, seed=3) for i in range(3)}
+    for key, body in files.items():
+        folder.put(key, body)
+    return files
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_any_number_of_workers_serves_the_tree(mounting: Mounting, folder: Folder, workers: int) -> None:
+    folder.put("a/small", content(5000))
+    folder.put("large", content(10 * MIB))
+    mount = mounting.mount(folder.url, f"--workers={workers}", "--dram=64M")
+    assert mount.read("a/small") == content(5000)
+    assert mount.read("large") == content(10 * MIB)
+    processes = mount.status()["processes"]
+    if workers == 0:
+        assert set(processes_naming(mount.home)) == {processes["supervisor"]}
+        assert processes["mover"] == processes["supervisor"]
+    else:
+        assert len(set(processes["workers"])) == workers
+        everyone = {processes["supervisor"], processes["mover"], *processes["workers"]}
+        assert set(processes_naming(mount.home)) == everyone
+    mount.remount()
+    assert mount.read_anew("large") == content(10 * MIB)
+    assert mount.requests()["get"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_several_readers_at_once_read_right(mounting: Mounting, folder: Folder, workers: int) -> None:
+    fill(folder)
+    mount = mounting.mount(folder.url, f"--workers={workers}", size="64M")
+    with readers(mount.directory, folder.path, seed=11) as running:
+        until(lambda: mount.reads()["requests"]["reads"] > 300, "300 reads")
+        assert running.finish() > 0
+
+
+def without_channel(mount: LiveMount) -> None:
+    """Have the mount run by a `sluice` for which the extension was not built."""
+    script = mount.home / "bin" / "sluice"
+    script.parent.mkdir()
+    script.write_text(
+        "import sys\n"
+        "sys.modules['fusefs._channel'] = None\n"
+        "from tools.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    mount.program = [sys.executable, str(script)]
+
+
+def test_without_the_channel_extension_one_worker_serves_and_says_so(
+    mounting: Mounting, folder: Folder
+) -> None:
+    folder.put("file", b"content")
+    mount = mounting.prepare(folder.url, "--workers=3")
+    without_channel(mount)
+    mount.mount()
+    status = mount.status()
+    assert len(status["processes"]["workers"]) == 1
+    assert status["features"]["several_workers"]["on"] is False
+    assert "channel extension" in status["features"]["several_workers"]["reason"]
+    assert "one worker instead of 3" in mount.log()
+    assert mount.read("file") == b"content"
+    kill_each(mount.pids()["workers"])
+    assert mount.read_anew("file") == b"content"
+
+
+def kill_at_random(mount: LiveMount, running: Readers, seed: int, roles: tuple[str, ...]) -> set[int]:
+    """Kill a process of one of *roles* KILLS times; each time wait for its successor and go on a little."""
+    roll, killed = random.Random(seed), set()
+    for _ in range(KILLS):
+        running.check_alive()
+        pids = until(lambda: known_pids(mount), "the mount tells its processes")
+        victim = roll.choice([pid for role in roles for pid in pids[role]])
+        os.kill(victim, signal.SIGKILL)
+        killed.add(victim)
+        until(lambda victim=victim: not is_alive(victim), f"{victim} is dead")  # type: ignore[misc]
+        time.sleep(roll.random() * 0.6)  # Where in the reads the next one strikes is the seed's choice.
+    return killed
+
+
+def known_pids(mount: LiveMount) -> dict[str, list[int]]:
+    """Return the processes by role once all that status tells are alive; {} before."""
+    try:
+        pids = mount.pids()
+    except Exception:  # Between two movers nobody answers.
+        return {}
+    return pids if all(is_alive(pid) for role in pids.values() for pid in role) else {}
+
+
+@pytest.mark.parametrize(
+    ("roles", "seed"), [(("workers",), 21), (("mover",), 22), (("workers", "mover"), 23)], ids=str
+)
+def test_killing_workers_and_mover_in_the_middle_of_reads_fails_no_read(
+    mounting: Mounting, folder: Folder, roles: tuple[str, ...], seed: int
+) -> None:
+    fill(folder)
+    mount = mounting.mount(folder.url, "--dram=64M", size="64M")
+    with readers(mount.directory, folder.path, seed) as running:
+        killed = kill_at_random(mount, running, seed, roles)
+        assert running.finish() > KILLS
+    pids = until(lambda: known_pids(mount), "all processes are there again")
+    assert len(killed) == KILLS
+    assert not killed & {pid for role in pids.values() for pid in role}
+    assert len(pids["workers"]) == 2
+    assert "Traceback" not in mount.log()
+    assert mount.log().count("it is replaced") == KILLS, mount.log()
+
+
+def test_after_the_death_of_all_processes_the_next_mount_uses_the_cache(
+    mounting: Mounting, folder: Folder
+) -> None:
+    files = fill(folder)
+    mount = mounting.mount(folder.url, "--dram=64M")
+    wanted = [name for name in files if name.startswith("large/0") or "/00" in name]
+    for name in wanted:
+        mount.read(name)
+    mount.kill_all()
+    with pytest.raises(OSError, match="not connected"):
+        os.statvfs(mount.directory)
+    mount.unmount()
+    mount.mount()
+    for name in wanted:
+        assert mount.read(name) == files[name], name
+    assert mount.requests()["get"] == 0
+    assert mount.requests()["list"] == 0
+
+
+def test_after_death_in_the_middle_of_reads_all_bytes_are_right(mounting: Mounting, folder: Folder) -> None:
+    fill(folder)
+    mount = mounting.mount(folder.url, "--dram=64M", size="64M")
+    for round_number in range(3):
+        running = Readers(mount.directory, folder.path, seed=31 + round_number)
+        try:
+            before = mount.reads()["requests"]["reads"]
+            until(lambda: mount.reads()["requests"]["reads"] > before + 150, "150 reads")  # noqa: B023
+        finally:
+            mount.kill_all()
+            running.kill()
+        mount.unmount()
+        mount.mount()
+    with readers(mount.directory, folder.path, seed=39) as checked:
+        until(lambda: mount.reads()["requests"]["reads"] > 300, "300 reads")
+        checked.finish()
+    assert mount.reads()["corrupt_blocks"] == 0
+
+
+def test_without_the_supervisor_reads_go_on_and_umount_ends_everything(
+    mounting: Mounting, folder: Folder
+) -> None:
+    files = fill(folder)
+    mount = mounting.mount(folder.url, "--dram=64M")
+    assert mount.read("large/0") == files["large/0"]
+    kill_each([mount.supervisor])
+    assert mount.read_anew("large/0") == files["large/0"]
+    assert mount.read("large/1") == files["large/1"]
+    mount.unmount()
+    assert processes_naming(mount.home) == []
+    mount.mount()
+    assert mount.read_anew("large/1") == files["large/1"]
+    assert mount.requests()["get"] == 0
+    mount.unmount()
+    assert mounts_below(mount.home) == []
+
+
