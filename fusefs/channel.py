@@ -36,7 +36,10 @@ def no_open_feature(config: MountConfig, no_channel: str | None) -> dict[str, ob
     otherwise open(2) would have found the new version.
     """
     if config.profile == "checkpoint":
-        return {"on": False, "reason": "--profile checkpoint: open looks for the newest version"}
+        return {
+            "on": False,
+            "reason": "--profile checkpoint: an open that meets a changed object looks it up again",
+        }
     if not config.read_only:
         return {"on": False, "reason": "the mount is writable"}
     if no_channel is not None:

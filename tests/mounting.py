@@ -227,14 +227,14 @@ class Mounting:
         return made
 
     def end(self) -> None:
-        logs = ""
         try:
             for made in reversed(self._mounts):
                 made.end()
         finally:
-            logs = "\n".join(made.log_tail(5) for made in self._mounts)
+            logs = "\n".join(made.log_tail(80) for made in self._mounts)
+            print(logs)  # Shown when the test failed.
             forced = end_all(self.home)
-        assert not forced, f"had to be ended by force: {forced}; {logs}"
+        assert not forced, f"had to be ended by force: {forced}"
 
 
 @contextmanager

@@ -225,7 +225,7 @@ OPTIONS = (
     Option(
         "profile",
         _choice("auto", "dataset", "checkpoint"),
-        "dataset: opens cost no request; checkpoint: each open finds the newest version",
+        "dataset: opens cost no request; checkpoint: an open that meets a changed object looks it up again",
         "auto",
         "auto|dataset|checkpoint",
     ),
