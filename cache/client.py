@@ -32,8 +32,11 @@ class MoverClient(Protocol):
 class SocketMoverClient:
     """The client over a Unix socket. `run` must be started before the first request."""
 
-    def __init__(self, path: str, on_invalidate: OnInvalidate) -> None:
+    def __init__(self, path: str, on_invalidate: OnInvalidate, patience_s: float) -> None:
+        """*patience_s*: how long movers that die before they answer anything are borne with."""
         self._path = path
+        self._patience_s = patience_s
+        self._heard_s = 0.0  # When a mover last answered, or a request began to wait for one.
         self._on_invalidate = on_invalidate
         self._asked: dict[int, tuple[messages.Request, trio.Event]] = {}
         self._answers: dict[int, Answer] = {}
@@ -44,6 +47,8 @@ class SocketMoverClient:
     async def ask(self, request: messages.Request) -> Answer:
         self._number += 1
         number, arrived = self._number, trio.Event()
+        if not self._asked:
+            self._heard_s = trio.current_time()
         self._asked[number] = (request, arrived)
         self._send(messages.Asked(number, request))
         try:
@@ -82,6 +87,17 @@ class SocketMoverClient:
             finally:
                 await trio.aclose_forcefully(stream)
             log.info("the mover is gone; waiting for the next one (%d requests open)", len(self._asked))
+            self._give_up_late()
+            await trio.sleep(_RECONNECT_S)
+
+    def _give_up_late(self) -> None:
+        """Fail what is asked if no mover has lived long enough to answer anything for too long."""
+        if trio.current_time() - self._heard_s <= self._patience_s:
+            return
+        for number, (_, arrived) in self._asked.items():
+            text = f"no mover has answered for {self._patience_s:.0f} s; see the log"
+            self._answers[number] = messages.failure(number, MoverUnavailable(text))
+            arrived.set()
 
     def _ask_again(self) -> None:
         """Forget what was on its way, and send all that is unanswered on the new connection."""
@@ -100,6 +116,7 @@ class SocketMoverClient:
             return
 
     def _take(self, message: messages.FromMover) -> None:
+        self._heard_s = trio.current_time()
         if isinstance(message, messages.Invalidate):
             self._on_invalidate(message.entries)
         elif message.number in self._asked:

@@ -10,9 +10,9 @@ Verbs (paths are relative to the mount's root, "" is the root):
 
 status                     -> the stable keys of `sluice status --json`
 ls      {"paths": [...], "recursive": bool, "limit": int}
-                           -> {"entries": [{"path", "kind": "file"|"directory", "size_bytes", "tier": str|null,
-                               "cached_bytes", "hits", "last_used_s": float|null (unix), "victim_rank": int|null}],
-                               "errors": [{"path", "error"}], "truncated": bool}
+                           -> {"entries": [{"path", "kind": "file"|"directory", "size_bytes",
+                               "tier": str|null, "cached_bytes", "hits", "last_used_s": float|null (unix),
+                               "victim_rank": int|null}], "errors": [{"path", "error"}], "truncated": bool}
 evict   {"paths": [...]}   -> {"objects": int, "bytes": int, "errors": [{"path", "error"}]}
 hidden  {"limit": int}     -> {"count": int, "keys": [{"key", "reason"}]}
 drain   {}                 -> with progress: moves what DRAM holds to the NVMe tiers; {"bytes": int}

@@ -7,6 +7,9 @@ tear, so no lock is needed. A process that replaces a dead one goes on with its 
 from __future__ import annotations
 
 import mmap
+import struct
+
+import xxhash
 
 NAMES = (
     "requests",  # FUSE requests of any kind.
@@ -55,3 +58,28 @@ class CounterRow:
 
     def set(self, name: str, value: int) -> None:
         self._cells[_PLACE[name]] = value
+
+
+class ShownDirectories:
+    """Which state of each directory the kernel has cached, for all workers, in shared memory.
+
+    One cell for each of CELLS hashes of inodes: two directories that share one push each other
+    out, and are then sent to the kernel again.
+    """
+
+    CELLS = 1 << 16
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, self.CELLS * 8)
+        self._cells = memoryview(self._memory).cast("Q")
+
+    def note(self, inode: int, changed_at_ns: int) -> None:
+        """The kernel is being sent the entries as they are since *changed_at_ns*."""
+        self._cells[inode % self.CELLS] = self._mark(inode, changed_at_ns)
+
+    def has(self, inode: int, changed_at_ns: int) -> bool:
+        return self._cells[inode % self.CELLS] == self._mark(inode, changed_at_ns)
+
+    @staticmethod
+    def _mark(inode: int, changed_at_ns: int) -> int:
+        return xxhash.xxh3_64_intdigest(struct.pack("<QQ", inode, changed_at_ns))

@@ -15,6 +15,7 @@ from cache.lake.base import Body
 from cache.lake_io import LakeIO
 from cache.model import (
     BLOCK_BYTES,
+    FETCH_BLOCKS,
     GROUP_BLOCKS,
     SMALL_OBJECT_BYTES_MAX,
     GroupIndex,
@@ -22,7 +23,7 @@ from cache.model import (
     block_count,
     ceil_div,
 )
-from cache.policy.readahead import RANDOM_FETCH_BYTES, SequentialReadAhead
+from cache.policy.readahead import SequentialReadAhead
 from cache.records import range_mask
 from cache.residency import Residency
 
@@ -66,16 +67,16 @@ class Fetcher:
 
         A cancelled caller leaves the flights to the others.
         """
-        if version.size_bytes == 0:
+        if offset >= version.size_bytes:
             return
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             await self._await_all(self._join(version, range(block_count(version.size_bytes)), demand=True))
             return
-        self.read_seen(version, offset, length, stalled=True)
-        end = min(version.size_bytes, max(offset + length, _random_end(offset)))
-        wanted = range(offset // BLOCK_BYTES, ceil_div(min(end, offset + length), BLOCK_BYTES))
+        wanted = range(offset // BLOCK_BYTES, ceil_div(offset + length, BLOCK_BYTES))
+        # The reader's own blocks first: joined to a flight of the read-ahead, they would wait for
+        # its slot and for all of its group.
         flights = self._join(version, wanted, demand=True)
-        self._join(version, range(wanted.stop, ceil_div(end, BLOCK_BYTES)), demand=False)
+        self.read_seen(version, offset, length, stalled=True)
         await self._await_all(flights)
 
     def read_seen(self, version: ObjectVersion, offset: int, length: int, *, stalled: bool) -> None:
@@ -108,6 +109,8 @@ class Fetcher:
         if not blocks:
             return []
         vid, joined = version.id, []
+        if version.size_bytes > SMALL_OBJECT_BYTES_MAX:
+            blocks = _whole_units(blocks, block_count(version.size_bytes))
         groups = range(blocks.start // GROUP_BLOCKS, (blocks.stop - 1) // GROUP_BLOCKS + 1)
         row, rows = self._index.residence(vid, groups)
         if row is not None and row.whole:
@@ -144,6 +147,9 @@ class Fetcher:
             flight.error = error
             if isinstance(error, CacheError) and not isinstance(error, CacheFull):
                 log.warning("%s: can't be cached (%s), read from the lake", version.key, error)
+        except Exception as error:  # A fault of ours fails this read, not every mount's mover.
+            log.exception("%s: the fetch failed", version.key)
+            flight.error = SluiceError(f"{type(error).__name__}: {error}")
         except BaseException:
             flight.error = SluiceError("the mover is stopping")
             raise
@@ -167,9 +173,12 @@ class Fetcher:
         await self._lake.retrying("get", version.key, fill)
 
 
-def _random_end(offset: int) -> int:
-    """Return where the fetch for a lone read at *offset* ends: a boundary, at least that far on."""
-    return ceil_div(offset + 1, RANDOM_FETCH_BYTES) * RANDOM_FETCH_BYTES
+def _whole_units(blocks: range, count: int) -> range:
+    """Return *blocks* of an object of *count* blocks, widened to whole fetch units."""
+    return range(
+        blocks.start // FETCH_BLOCKS * FETCH_BLOCKS,
+        min(ceil_div(blocks.stop, FETCH_BLOCKS) * FETCH_BLOCKS, count),
+    )
 
 
 def _lowest_run(mask: int) -> int:

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
+import msgspec
 
 from cache.errors import CacheError, UsageError
 from cache.model import KIND_DIRECTORY, ROOT_INODE, GroupIndex, Inode, VersionId
@@ -204,10 +206,16 @@ class IndexWriter:
         self._dbs = dbs
         self._next_inode = int.from_bytes(txn.get(b"next_inode", db=dbs["meta"]) or b"\2", "big")
         self._inodes_given = False
+        self._changed_directories: set[int] = set()
 
     def finish(self) -> None:
+        """Write what goes with the changes: called once, last, by `Index.write`."""
         if self._inodes_given:
             self.set_meta(b"next_inode", self._next_inode.to_bytes(8, "big"))
+        for inode in self._changed_directories:
+            state = self.directory(inode)
+            if state is not None:
+                self.set_directory(inode, msgspec.structs.replace(state, changed_at_ns=time.time_ns()))
 
     def set_meta(self, name: bytes, value: bytes) -> None:
         self._txn.put(name, value, db=self._dbs["meta"])
@@ -232,6 +240,7 @@ class IndexWriter:
         inode = Inode(self._next_inode)
         self._next_inode += 1
         self._inodes_given = True
+        self._changed_directories.add(node.parent)
         key = child_key(node.parent, node.name)
         replaced = self._txn.get(key, db=self._dbs["children"])
         if replaced is not None:
@@ -244,6 +253,7 @@ class IndexWriter:
         """Take the name out. The node stays for those who have it open, until `sweep_detached`."""
         packed = self._txn.pop(child_key(parent, name), db=self._dbs["children"])
         if packed is not None:
+            self._changed_directories.add(parent)
             self._txn.put(packed, b"", db=self._dbs["detached"])
 
     def names(self, parent: int) -> Iterator[tuple[Inode, bytes]]:

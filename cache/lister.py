@@ -6,17 +6,18 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
 
 from cache.committer import Committer
-from cache.errors import LakeError, ObjectMissing, SluiceError
+from cache.errors import ObjectMissing, SluiceError
 from cache.index import Index, IndexWriter
 from cache.lake.base import ListPage
 from cache.lake_io import LakeIO
 from cache.listing import Changed, ListingInProgress, node_of, put_directory, put_file
-from cache.model import Inode, ObjectInfo
+from cache.model import ROOT_INODE, Inode, ObjectInfo
 from cache.policy.freshness import Freshness
 from cache.policy.names import why_no_name
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 _AHEAD_DIRECTORIES = 64  # Listed ahead of a walk at most, and so many at once:
 _AHEAD_AT_ONCE = 12
 _WALK_MEMORY_S = 30.0  # A child listed within so long of its parent's listing makes a walk.
+_WALK_DIRECTORIES_MAX = 4096  # So many directories are remembered for it.
 _SMALL_PAGES = 2  # A directory of so few pages is listed again rather than asked for single keys.
 _PAUSE_S = 10.0  # So long a listing waits after its first page for somebody who wants the rest.
 _LOOKUPS_BEFORE_LISTING = 8  # Single keys asked for in a directory whose first page was not all.
@@ -130,12 +132,7 @@ class Lister:
             nonlocal page
             page = await self._lake.list_page(f"{key}/", None, keys_max=2)
 
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(head)
-                nursery.start_soon(list_below)
-        except* SluiceError as group:
-            raise _first(group) from group
+        await _both(head, list_below)
         is_directory = page is not None and bool(page.objects or page.prefixes)
         changed: Changed = []
 
@@ -169,6 +166,9 @@ class Lister:
             await self._list(inode, flight)
         except SluiceError as error:
             flight.error = error
+        except Exception as error:  # A fault of ours fails this listing, not every mount's mover.
+            log.exception("the listing of inode %d failed", inode)
+            flight.error = SluiceError(f"{type(error).__name__}: {error}")
         except BaseException:
             flight.error = SluiceError("the mover is stopping")
             raise
@@ -186,6 +186,7 @@ class Lister:
         while page.next_token is not None:
             following = await self._apply_and_get_next(listing, page, prefix, flight)
             if following is None:
+                await self._tell(listing.changed)
                 return
             page = following
         await self._committer.commit(lambda w: listing.apply(w, page))
@@ -203,23 +204,20 @@ class Lister:
             nonlocal following
             following = await self._lake.list_page(prefix, page.next_token)
 
-        if not flight.wanted_whole.is_set():
-            # Only single keys were asked for so far: they may never need the rest.
+        async def apply() -> None:
             await self._committer.commit(lambda w: listing.apply(w, page))
             flight.first_page.set()
+
+        if not flight.wanted_whole.is_set():
+            # Only single keys were asked for so far: they may never need the rest.
+            await apply()
             with trio.move_on_after(_PAUSE_S):
                 await flight.wanted_whole.wait()
             if not flight.wanted_whole.is_set():
                 return None
             await get_next()
         else:
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(get_next)
-                    await self._committer.commit(lambda w: listing.apply(w, page))
-                    flight.first_page.set()
-            except* LakeError as group:
-                raise _first(group) from group
+            await _both(get_next, apply)
         return following
 
     async def _tell(self, changed: Changed) -> None:
@@ -230,17 +228,20 @@ class Lister:
 
     def _note_walk(self, inode: Inode) -> None:
         now_s = time.monotonic()
-        self._read_at_s = (
-            {known: at_s for known, at_s in self._read_at_s.items() if now_s - at_s < _WALK_MEMORY_S}
-            if len(self._read_at_s) > 1024
-            else self._read_at_s
-        )
-        self._read_at_s[inode] = now_s
+        self._remember_reading(inode, now_s)
         node = self._index.node(inode)
-        if node is None or now_s - self._read_at_s.get(Inode(node.parent), -1e9) > _WALK_MEMORY_S:
+        if node is None or inode == ROOT_INODE:
             return
-        self._read_at_s[Inode(node.parent)] = now_s  # The walk goes on: keep it in memory.
+        if now_s - self._read_at_s.get(Inode(node.parent), -1e9) > _WALK_MEMORY_S:
+            return
+        self._remember_reading(Inode(node.parent), now_s)  # The walk goes on: keep it in memory.
         self._list_siblings_ahead(Inode(node.parent), node.name)
+
+    def _remember_reading(self, inode: Inode, now_s: float) -> None:
+        self._read_at_s.pop(inode, None)
+        self._read_at_s[inode] = now_s
+        if len(self._read_at_s) > _WALK_DIRECTORIES_MAX:
+            del self._read_at_s[next(iter(self._read_at_s))]
 
     def _list_siblings_ahead(self, parent: Inode, after: bytes) -> None:
         if len(self._ahead) > _AHEAD_DIRECTORIES // 2:
@@ -259,6 +260,19 @@ class Lister:
                     await flight.done.wait()  # An error shows to whoever asks for it.
         finally:
             self._ahead.discard(inode)
+
+
+async def _both(one: Callable[[], Awaitable[None]], other: Callable[[], Awaitable[None]]) -> None:
+    """Run both at once. Raises the first SluiceError of the two, not a group of them."""
+    error: SluiceError | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one)
+            nursery.start_soon(other)
+    except* SluiceError as group:
+        error = _first(group)  # Raised in here it would be wrapped in a group again.
+    if error is not None:
+        raise error
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> SluiceError:

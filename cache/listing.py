@@ -101,6 +101,9 @@ class ListingInProgress:
         known = w.child(self.inode, name)
         if known is not None:
             inode, old = known
+            if old.seen_at_s > self.began_s and not old.is_directory:
+                self._mark(inode)  # Asked for by itself since: at least as new as this page.
+                return
             if old.etag == info.version.etag and old.size_bytes == info.version.size_bytes:
                 if old.mtime_ns != info.mtime_ns:
                     w.put_node(inode, node_of(self.inode, name, info))
@@ -122,9 +125,15 @@ class ListingInProgress:
                 self._mark(put_file(w, node_of(self.inode, name, info), self.changed))
         if w.count_children(self.inode) != self.entries:
             for name in [name for inode, name in w.names(self.inode) if not self._was_seen(inode)]:
+                known = w.child(self.inode, name)
+                if known is not None and known[1].seen_at_s > self.began_s:
+                    self._mark(known[0])  # Came after its page was listed: asked for by itself since.
+                    continue
                 w.detach(self.inode, name)
                 self.changed.append((self.inode, name))
-        state = DirectoryState(self.began_s, self.entries, self.pages, now_s - self.began_s)
+        before = w.directory(self.inode)
+        changed_at_ns = before.changed_at_ns if before is not None else time.time_ns()
+        state = DirectoryState(self.began_s, self.entries, self.pages, now_s - self.began_s, changed_at_ns)
         w.set_directory(self.inode, state)
 
     def _mark(self, inode: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NewType
 
 Inode = NewType("Inode", int)
@@ -22,6 +23,8 @@ BLOCK_BYTES = 128 * KIB
 # sixth of transferring.
 GROUP_BLOCKS = 64
 GROUP_BYTES = GROUP_BLOCKS * BLOCK_BYTES
+# A large object is fetched in aligned units of 1 MiB at least: waiting costs more than the bytes.
+FETCH_BLOCKS = 8
 # Objects up to this size are fetched whole when they are opened.
 SMALL_OBJECT_BYTES_MAX = GROUP_BYTES
 
@@ -37,7 +40,7 @@ def ceil_div(value: int, unit: int) -> int:
     return -(-value // unit)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ObjectVersion:
     """What a key held at one time. Immutable: another ETag is another version.
 
@@ -51,7 +54,7 @@ class ObjectVersion:
     def __post_init__(self) -> None:
         assert self.size_bytes >= 0, self
 
-    @property
+    @cached_property
     def id(self) -> VersionId:
         """Return the 16 bytes that name this version's files in the tiers."""
         text = f"{self.size_bytes}\0{self.etag}\0{self.key}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cache.committer import Committer
 from cache.config import MountConfig
 from cache.counters import Counters
 from cache.engine import Engine
-from cache.errors import ObjectChanged, ObjectMissing
+from cache.errors import ObjectChanged, ObjectMissing, SluiceError
 from cache.fetcher import Fetcher
 from cache.index import Index
 from cache.lake.open import open_lake
@@ -79,10 +80,12 @@ class Mover:
                 return Answer(0, value=int(await self.lister.lookup(Inode(parent), name)))
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
-            case messages.Fetch(inode, offset, length, opening):
-                await self._fetch(Inode(inode), offset, length, opening)
+            case messages.Fetch(inode, offset, length, _):
+                async with self._noting_change(Inode(inode)):
+                    await self.fetcher.fetch(self._version(Inode(inode)), offset, length)
             case messages.ReadThrough(inode, offset, length):
-                body = await self.fetcher.read_through(self._version(Inode(inode)), offset, length)
+                async with self._noting_change(Inode(inode)):
+                    body = await self.fetcher.read_through(self._version(Inode(inode)), offset, length)
                 return Answer(0, body=bytes(body))
             case messages.Corrupt(vid, group):
                 await self.residency.drop(vid, group)
@@ -94,13 +97,19 @@ class Mover:
                 self.lister.relist_ahead(Inode(inode))
         return Answer(0)
 
-    async def _fetch(self, inode: Inode, offset: int, length: int, opening: bool) -> None:
+    @asynccontextmanager
+    async def _noting_change(self, inode: Inode) -> AsyncIterator[None]:
+        """Should the block find another version in the lake, have the inode's path show that one.
+
+        Else the path would be ESTALE until its ttl has passed, however often it is opened.
+        """
         try:
-            await self.fetcher.fetch(self._version(inode), offset, length)
+            yield
         except (ObjectChanged, ObjectMissing):
-            if opening:  # The next lookup of the path must find what is there now.
-                node = self._node(inode)
-                await self.lister.refresh_entry(Inode(node.parent), node.name)
+            if not self.index.is_detached(inode):
+                with suppress(SluiceError):  # What is told is that the version is gone.
+                    node = self._node(inode)
+                    await self.lister.refresh_entry(Inode(node.parent), node.name)
             raise
 
     def _node(self, inode: Inode) -> Node:

@@ -50,12 +50,16 @@ class Node(msgspec.Struct, array_like=True, frozen=True):
 
 
 class DirectoryState(msgspec.Struct, array_like=True, frozen=True):
-    """What is known of a directory's listing. *listed_at_s* is unix time when it *began*."""
+    """What is known of a directory's listing. *listed_at_s* is unix time when it *began*.
+
+    *changed_at_ns* is when an entry came, went or changed last, or the first listing ended.
+    """
 
     listed_at_s: float
     entries: int
     pages: int
     duration_s: float
+    changed_at_ns: int = 0
 
 
 class HiddenKey(msgspec.Struct, array_like=True, frozen=True):

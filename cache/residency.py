@@ -8,20 +8,17 @@ Space is charged before bytes are written and given back after they are unlinked
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
 import trio
 
 from cache.committer import Committer
 from cache.engine import Engine
-from cache.errors import CacheError, CacheFull
-from cache.index import Index, IndexWriter
+from cache.errors import BlockCorrupt, CacheError, CacheFull
+from cache.index import Index
 from cache.lake.base import Body
 from cache.model import (
     BLOCK_BYTES,
@@ -31,17 +28,17 @@ from cache.model import (
     ObjectVersion,
     VersionId,
     block_count,
-    blocks_in_group,
-    group_count,
 )
 from cache.policy.eviction import EvictionPolicy, ItemId
 from cache.records import Group, VersionRow, charge, group_key
+from cache.rows import Usage, change, drop_items, group_of, put_blocks, put_usage, put_whole
 from cache.tier import TierBudget, TierFiles
 
 log = logging.getLogger(__name__)
 
 DRAM_SHARE_MAX = 2  # An object over half of the DRAM tier lands on NVMe.
-_EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some for the next.
+_EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some for the next,
+_EVICT_SHARE_MAX = 64  # but no more than this part of the tier.
 _DEMOTERS = 4
 _DRAIN_STEP = 256  # Items between two reports of progress.
 _GUARD_EVERY_BYTES = 64 * MIB  # The free-space guard asks the disk again after so many.
@@ -72,12 +69,6 @@ class Sparse:
     blocks_present: int = 0
 
 
-@dataclass(slots=True)
-class Usage:
-    hits: int = 0
-    last_used_s: float = 0.0
-
-
 class Residency:
     """All tiers together. For the mover's trio thread.
 
@@ -94,6 +85,9 @@ class Residency:
         self._lake_engine = lake_engine
         self._disk_engine = disk_engine
         self._busy: Counter[bytes] = Counter()  # Versions that are being written, moved or evicted.
+        # Invariant: a version in here is busy once, by whoever set it: fills of it wait. A block that
+        # landed while its version moves or leaves would be indexed and then unlinked or punched.
+        self._moving: dict[bytes, trio.Event] = {}
         self._sparse: dict[bytes, Sparse] = {}
         self._unverified: dict[bytes, tuple[int, int]] = {}  # Whole files without a row: tier, charge.
         self._usage: dict[bytes, Usage] = {}  # Since the last `save_usage`.
@@ -106,6 +100,7 @@ class Residency:
     @contextmanager
     def busy(self, vid: bytes) -> Iterator[None]:
         """Keep the version where it is, for as long as the block runs."""
+        assert vid not in self._moving, vid.hex()
         self._busy[vid] += 1
         try:
             yield
@@ -114,20 +109,50 @@ class Residency:
             if not self._busy[vid]:
                 del self._busy[vid]
 
+    @contextmanager
+    def _moved(self, vids: Iterable[bytes]) -> Iterator[None]:
+        """Have the versions, none of which may be busy, to oneself for as long as the block runs."""
+        done, vids = trio.Event(), set(vids)
+        assert self._busy.keys().isdisjoint(vids)
+        for vid in vids:
+            self._busy[vid] = 1
+            self._moving[vid] = done
+        try:
+            yield
+        finally:
+            for vid in vids:
+                assert self._busy[vid] == 1, vid.hex()
+                del self._busy[vid], self._moving[vid]
+            done.set()
+
+    async def _settled(self, vid: VersionId) -> bool:
+        """Wait until nobody moves the version; return whether it is whole by then.
+
+        A file found without a row is verified first. Call `busy` at once after it, without an await.
+        """
+        while vid in self._moving or vid in self._unverified:
+            if vid in self._moving:
+                await self._moving[vid].wait()
+            else:
+                await self._adopt(vid)
+        row = self._index.version(vid)
+        return row is not None and row.whole
+
     def _place(self, size_bytes: int) -> int:
         """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
         first = self.tiers[0]
         if first.files.is_memory and size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX:
             return 0
-        return self._emptiest_disk()
+        return self._emptiest_disk(size_bytes)
 
-    def _emptiest_disk(self) -> int:
+    def _emptiest_disk(self, size_bytes: int) -> int:
+        """Return the NVMe tier with the largest share free, of those that *size_bytes* fit into."""
         shares = [
-            (tier.budget.room_bytes / tier.budget.size_bytes, -place)
+            (tier.budget.size_bytes >= size_bytes, tier.budget.room_bytes / tier.budget.size_bytes, -place)
             for place, tier in enumerate(self.tiers)
             if not tier.files.is_memory
         ]
-        return -max(shares)[1]
+        return -max(shares)[2]
 
     async def reserve(self, place: int, charged_bytes: int) -> None:
         """Charge *charged_bytes* to a tier, making room first. Raises CacheFull."""
@@ -141,7 +166,8 @@ class Residency:
         async with tier.room_lock:
             while not self._has_room(tier, charged_bytes):
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, self._guard_shortfall(tier))
-                if not await self._make_room(place, max(need_bytes, _EVICT_BYTES_MIN)):
+                more_bytes = min(_EVICT_BYTES_MIN, tier.budget.size_bytes // _EVICT_SHARE_MAX)
+                if not await self._make_room(place, max(need_bytes, more_bytes)):
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.budget.take(charged_bytes)
 
@@ -164,9 +190,9 @@ class Residency:
     async def fill_whole(self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool) -> None:
         """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError."""
         vid = version.id
+        if await self._settled(vid):
+            return
         with self.busy(vid):
-            if await self._adopt(vid):
-                return
             place, charged = self._place(version.size_bytes), charge(version.size_bytes)
             await self.reserve(place, charged)
             files = self.tiers[place].files
@@ -174,8 +200,10 @@ class Residency:
                 checksums = await self._lake_engine.run(
                     lambda: files.land_whole(version, vid, get()), demand=demand
                 )
-                await self._committer.commit(lambda w: _put_whole(w, version, place, checksums))
-            except BaseException:
+                await self._committer.commit(lambda w: put_whole(w, version, place, checksums))
+            except BaseException as error:
+                if isinstance(error, CacheError):
+                    await self._disk_engine.run(lambda: _remove(files, vid))
                 self.tiers[place].budget.give_back(charged)
                 raise
             self.tiers[place].policy.added(ItemId(vid), charged, used=demand)
@@ -186,13 +214,19 @@ class Residency:
         """Get missing *blocks*, all in one group of a large object, and store them."""
         assert blocks.start // GROUP_BLOCKS == (blocks.stop - 1) // GROUP_BLOCKS, blocks
         vid = version.id
+        if await self._settled(vid):
+            return
         with self.busy(vid):
-            if await self._adopt(vid):
-                return
             state = self._sparse.get(vid)
             if state is None:
                 state = self._sparse[vid] = Sparse(version, self._place(version.size_bytes))
-            await self._fill_group(state, vid, blocks, get, demand)
+            try:
+                await self._fill_group(state, vid, blocks, get, demand)
+            except BaseException:
+                if not state.blocks_present and self._busy[vid] == 1:
+                    self._sparse.pop(vid, None)
+                    _remove(self.tiers[state.tier].files, vid)
+                raise
             if state.blocks_present == block_count(version.size_bytes):
                 await self._make_whole(vid, state)
 
@@ -208,12 +242,11 @@ class Residency:
             checksums = await self._lake_engine.run(
                 lambda: tier.files.land_blocks(vid, offset, get()), demand=demand
             )
-            await self._committer.commit(lambda w: _put_blocks(w, version, place, group, first, checksums))
-        except BaseException:
+            await self._committer.commit(lambda w: put_blocks(w, version, place, group, first, checksums))
+        except BaseException as error:
+            if isinstance(error, CacheError):  # What of it was written must not stay uncharged.
+                await self._disk_engine.run(lambda: _punch(tier.files, vid, blocks))
             tier.budget.give_back(charged)
-            if not state.blocks_present and self._busy[vid] == 1:
-                self._sparse.pop(vid, None)
-                tier.files.remove(vid)
             raise
         assert len(checksums) == len(blocks)
         state.blocks_present += len(blocks)
@@ -229,8 +262,14 @@ class Residency:
         assert len(checksums) == block_count(version.size_bytes)
         # A worker that looks between rename and commit finds a row that says partial, misses
         # the file, and looks again.
-        await self._disk_engine.run(lambda: tier.files.make_whole(version, vid, checksums))
-        await self._committer.commit(lambda w: _change(w, vid, whole=True))
+        try:
+            await self._disk_engine.run(lambda: tier.files.make_whole(version, vid, checksums))
+            await self._committer.commit(lambda w: change(w, vid, whole=True))
+        except CacheError as error:  # All of it is there, and can be read as it is.
+            log.warning("%s stays a sparse file: %s", version.key, error)
+            await self._disk_engine.run(lambda: tier.files.make_sparse(vid))
+            self._sparse[vid] = state
+            return
         charged = 0
         for group, _ in groups:
             item = ItemId(group_key(vid, group))
@@ -254,32 +293,28 @@ class Residency:
 
     async def _adopt(self, vid: VersionId) -> bool:
         """Verify a file found without a row; return whether it holds the whole version."""
-        found = self._unverified.pop(vid, None)
-        if found is None:
-            return False
-        place, charged = found
+        place, charged = self._unverified.pop(vid)
         tier = self.tiers[place]
-        label = await self._disk_engine.run(lambda: tier.files.read_label(vid))
-        if label is None:
-            log.warning("%s: the bytes do not match its label, dropped", tier.files.object_path(vid))
-            await self._disk_engine.run(lambda: tier.files.remove(vid))
-            tier.budget.give_back(charged)
-            return False
-        version, checksums = label
-        await self._committer.commit(lambda w: _put_whole(w, version, place, checksums))
-        tier.policy.added(ItemId(vid), charged, used=False)
-        return True
+        with self._moved([vid]):
+            try:
+                label = await self._disk_engine.run(lambda: tier.files.read_label(vid))
+                if label is None:
+                    raise BlockCorrupt("the bytes do not match the label")
+                version, checksums = label
+                await self._committer.commit(lambda w: put_whole(w, version, place, checksums))
+            except CacheError as error:
+                log.warning("%s: dropped: %s", tier.files.object_path(vid), error)
+                await self._disk_engine.run(lambda: _remove(tier.files, vid))
+                tier.budget.give_back(charged)
+                return False
+            tier.policy.added(ItemId(vid), charged, used=False)
+            return True
 
     async def adopt_all(self) -> int:
         """Verify, in the background, all files found without a row; return how many were good."""
         good = 0
         while self._unverified:
-            vid = VersionId(next(iter(self._unverified)))
-            with self.busy(vid):
-                try:
-                    good += await self._adopt(vid)
-                except CacheError as error:
-                    log.warning("%s can't be taken over: %s", vid.hex(), error)
+            good += await self._adopt(VersionId(next(iter(self._unverified))))
         return good
 
     # Use
@@ -301,7 +336,7 @@ class Residency:
         """Put what `used` gathered into the index with the next commit."""
         usage, self._usage = self._usage, {}
         if usage:
-            self._committer.commit_nowait(lambda w: _put_usage(w, usage))
+            self._committer.commit_nowait(lambda w: put_usage(w, usage))
 
     def place_of(self, vid: bytes) -> int | None:
         row = self._index.version(vid)
@@ -313,12 +348,9 @@ class Residency:
         """Free about *need_bytes*; return whether anything came free. Holds the tier's room_lock."""
         tier = self.tiers[place]
         victims = tier.policy.victims(need_bytes, self._busy)
-        before = tier.budget.used_bytes
         if tier.files.is_memory:
-            await self._demote(place, victims)
-        else:
-            await self.evict(place, victims)
-        return tier.budget.used_bytes < before
+            return await self._demote(place, victims) > 0
+        return await self.evict(place, victims) > 0
 
     async def evict(self, place: int, items: list[ItemId]) -> int:
         """Drop *items* from a tier; return the bytes that came free. Skips what is busy."""
@@ -326,22 +358,20 @@ class Residency:
         items = [item for item in items if self._may_leave(tier, item)]
         if not items:
             return 0
-        for item in items:
-            self._busy[item[:16]] += 1
-        try:
+        with self._moved(item[:16] for item in items):
             return await self._evict_held(tier, items)
-        finally:
-            for item in items:
-                self._busy[item[:16]] -= 1
-                if not self._busy[item[:16]]:
-                    del self._busy[item[:16]]
 
     def _may_leave(self, tier: Tier, item: ItemId) -> bool:
         return item[:16] not in self._busy and tier.policy.size_of(item) is not None
 
     async def _evict_held(self, tier: Tier, items: list[ItemId]) -> int:
-        last_groups = self._note_leaving(items)
-        await self._committer.commit(lambda w: _drop_items(w, items, last_groups))
+        left = self._blocks_left(items)
+        last_groups = {vid for vid, blocks_present in left.items() if not blocks_present}
+        await self._committer.commit(lambda w: drop_items(w, items, last_groups))
+        for vid, blocks_present in left.items():
+            self._sparse[vid].blocks_present = blocks_present
+            if not blocks_present:
+                del self._sparse[vid]
         await self._disk_engine.run(lambda: _remove_files(tier.files, items, last_groups))
         freed = 0
         for item in items:
@@ -351,64 +381,72 @@ class Residency:
         self.evicted_bytes += freed
         return freed
 
-    def _note_leaving(self, items: list[ItemId]) -> set[bytes]:
-        """Take groups out of their versions' counts; return the versions that have none left."""
-        emptied: set[bytes] = set()
+    def _blocks_left(self, items: list[ItemId]) -> dict[bytes, int]:
+        """Return how many blocks stay of each sparse version that some of *items* are groups of."""
+        left: dict[bytes, int] = {}
         for item in items:
-            state = self._sparse.get(item[:16])
-            if len(item) == 16 or state is None:
+            vid = item[:16]
+            if len(item) == 16 or vid not in self._sparse:
                 continue
-            row = self._index.residence(item[:16], range(_group_of(item), _group_of(item) + 1))[1][0]
-            state.blocks_present -= row.present.bit_count() if row is not None else 0
-            if state.blocks_present == 0:
-                emptied.add(item[:16])
-                del self._sparse[item[:16]]
-        return emptied
+            row = self._index.residence(vid, range(group_of(item), group_of(item) + 1))[1][0]
+            blocks_present = left.get(vid, self._sparse[vid].blocks_present)
+            left[vid] = blocks_present - (row.present.bit_count() if row is not None else 0)
+        return left
 
-    async def _demote(self, place: int, items: list[ItemId]) -> None:
+    async def _demote(self, place: int, items: list[ItemId]) -> int:
         """Move the versions of *items* from DRAM to NVMe, all that is there of each.
 
-        What can't move, leaves. Several at once, since each waits for the disk.
+        What can't move, leaves. Several at once, since each waits for the disk. Returns the
+        bytes that came free.
         """
         vids = [vid for vid in dict.fromkeys(item[:16] for item in items) if vid not in self._busy]
+        freed_bytes: list[int] = []
         async with trio.open_nursery() as nursery:
             for start in range(_DEMOTERS):
-                nursery.start_soon(self._demote_each, place, vids[start::_DEMOTERS])
+                nursery.start_soon(self._demote_each, place, vids[start::_DEMOTERS], freed_bytes)
+        return sum(freed_bytes)
 
-    async def _demote_each(self, place: int, vids: list[bytes]) -> None:
+    async def _demote_each(self, place: int, vids: list[bytes], freed_bytes: list[int]) -> None:
         for vid in vids:
             try:
-                await self._demote_version(place, VersionId(vid))
+                freed_bytes.append(await self._demote_version(place, VersionId(vid)))
             except CacheError as error:
                 log.warning("can't move %s to NVMe, it leaves the cache: %s", vid.hex(), error)
-                await self.drop_version(vid)
+                try:
+                    freed_bytes.append(await self.drop_version(vid))
+                except CacheError as failure:
+                    log.warning("%s can't leave the cache: %s", vid.hex(), failure)
 
-    async def _demote_version(self, place: int, vid: VersionId) -> None:
-        source, target_place = self.tiers[place], self._emptiest_disk()
-        target, row = self.tiers[target_place], self._index.version(vid)
-        if row is None or vid in self._busy:
-            return
-        with self.busy(vid):
+    async def _demote_version(self, place: int, vid: VersionId) -> int:
+        source, row = self.tiers[place], self._index.version(vid)
+        if row is None or row.tier != place or vid in self._busy:
+            return 0
+        with self._moved([vid]):
             groups = self._index.groups_of(vid)
             sizes = {item: source.policy.size_of(item) or 0 for item in _items(vid, row, groups)}
             charged = sum(sizes.values())
+            target_place = self._emptiest_disk(charged)
+            target = self.tiers[target_place]
             await self.reserve(target_place, charged)
             try:
                 await self._disk_engine.run(
                     lambda: target.files.copy_from(source.files, row, vid, groups), demand=False
                 )
-                await self._committer.commit(lambda w: _change(w, vid, tier=target_place))
-            except BaseException:
+                await self._committer.commit(lambda w: change(w, vid, tier=target_place))
+            except BaseException as error:
+                if isinstance(error, CacheError):
+                    await self._disk_engine.run(lambda: _remove(target.files, vid), demand=False)
                 target.budget.give_back(charged)
                 raise
             if vid in self._sparse:
                 self._sparse[vid].tier = target_place
-            await self._disk_engine.run(lambda: source.files.remove(vid), demand=False)
+            await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
                 source.policy.removed(item)
                 target.policy.added(item, size_bytes, used=True)
             source.budget.give_back(charged)
         self.demoted_bytes += charged
+        return charged
 
     async def drop(self, vid: bytes, group: int) -> None:
         """Evict the item that holds a group found to be corrupt."""
@@ -466,61 +504,28 @@ def _items(vid: bytes, row: VersionRow, groups: list[tuple[GroupIndex, Group]]) 
     return [ItemId(vid)] if row.whole else [ItemId(group_key(vid, group)) for group, _ in groups]
 
 
-def _group_of(item: bytes) -> GroupIndex:
-    return GroupIndex(int.from_bytes(item[16:], "big"))
-
-
-def _put_whole(w: IndexWriter, version: ObjectVersion, place: int, checksums: list[int]) -> None:
-    vid = version.id
-    w.put_version(vid, _row(version, place, whole=True))
-    for group in range(group_count(version.size_bytes)):
-        part = checksums[group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
-        w.put_group(vid, group, Group.empty(len(part), time.time_ns()).with_blocks(0, part))
-
-
-def _put_blocks(
-    w: IndexWriter, version: ObjectVersion, place: int, group: GroupIndex, first: int, checksums: list[int]
-) -> None:
-    vid = version.id
-    if w.version(vid) is None:
-        w.put_version(vid, _row(version, place, whole=False))
-    row = w.group(vid, group)
-    if row is None:
-        row = Group.empty(blocks_in_group(version.size_bytes, group), time.time_ns())
-    w.put_group(vid, group, row.with_blocks(first, checksums))
-
-
-def _row(version: ObjectVersion, place: int, *, whole: bool) -> VersionRow:
-    key = version.key.encode("utf-8", "surrogateescape")
-    return VersionRow(key, version.etag, version.size_bytes, place, whole, 0, time.time())
-
-
-def _change(w: IndexWriter, vid: bytes, **changes: Any) -> None:
-    row = w.version(vid)
-    assert row is not None, vid.hex()
-    w.put_version(vid, msgspec.structs.replace(row, **changes))
-
-
-def _put_usage(w: IndexWriter, usages: dict[bytes, Usage]) -> None:
-    for vid, usage in usages.items():
-        row = w.version(vid)
-        if row is not None:
-            last_used_s = max(row.last_used_s, usage.last_used_s)
-            _change(w, vid, hits=row.hits + usage.hits, last_used_s=last_used_s)
-
-
-def _drop_items(w: IndexWriter, items: list[ItemId], emptied: set[bytes]) -> None:
-    for item in items:
-        if len(item) == 16 or item[:16] in emptied:
-            w.remove_version(item[:16])
-        else:
-            w.remove_group(item[:16], _group_of(item))
+# A file whose row is gone and that can't be removed is no error to anybody who reads: the next
+# start finds it.
 
 
 def _remove_files(files: TierFiles, items: list[ItemId], emptied: set[bytes]) -> None:
     for item in items:
-        with suppress(FileNotFoundError):
-            if len(item) == 16 or item[:16] in emptied:
-                files.remove(VersionId(item[:16]))
-            else:
-                files.punch(VersionId(item[:16]), _group_of(item))
+        if len(item) == 16 or item[:16] in emptied:
+            _remove(files, item[:16])
+        else:
+            start = group_of(item) * GROUP_BLOCKS
+            _punch(files, item[:16], range(start, start + GROUP_BLOCKS))
+
+
+def _remove(files: TierFiles, vid: bytes) -> None:
+    try:
+        files.remove(vid)
+    except CacheError as error:
+        log.warning("a cached file can't be removed: %s", error)
+
+
+def _punch(files: TierFiles, vid: bytes, blocks: range) -> None:
+    try:
+        files.punch(vid, blocks)
+    except CacheError as error:
+        log.warning("a cached file's space can't be given back: %s", error)

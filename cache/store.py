@@ -66,10 +66,8 @@ def boot_id() -> str:
 def _lock(directory: Path) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        foreign = not (directory / "format").exists() and any(
-            entry.name not in ("lock", "log", "lost+found") for entry in os.scandir(directory)
-        )
-        if foreign:
+        ours = {"lock", "log", "lost+found", "format.new"}  # There before `format` is.
+        if not (directory / "format").exists() and not ours.issuperset(os.listdir(directory)):
             raise UsageError(
                 f"--cache {directory}: holds files that are no SluiceFS cache; name an empty directory"
             )

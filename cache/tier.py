@@ -68,7 +68,9 @@ class TierFiles:
     def file_path(self, vid: bytes, *, whole: bool) -> str:
         return self.object_path(vid) if whole else self.partial_path(vid)
 
-    def land_whole(self, version: ObjectVersion, vid: bytes, body: bytes | bytearray | memoryview) -> list[int]:
+    def land_whole(
+        self, version: ObjectVersion, vid: bytes, body: bytes | bytearray | memoryview
+    ) -> list[int]:
         """Store a whole object and return its block checksums. Raises CacheFull, CacheError."""
         checksums = block_checksums(body)
         with _as_cache_errors(self.path):
@@ -105,22 +107,32 @@ class TierFiles:
                 os.setxattr(self.partial_path(vid), _XATTR, _label(version, checksums))
             os.rename(self.partial_path(vid), self.object_path(vid))
 
-    def punch(self, vid: bytes, group: GroupIndex) -> None:
-        """Give the disk space of one group of a sparse file back."""
-        with _as_cache_errors(self.path):
+    def make_sparse(self, vid: bytes) -> None:
+        """Take `make_whole` back, as far as it got."""
+        with _as_cache_errors(self.path), contextlib.suppress(FileNotFoundError):
+            os.rename(self.object_path(vid), self.partial_path(vid))
+
+    def punch(self, vid: bytes, blocks: range) -> None:
+        """Give the disk space of *blocks* of a sparse file back. No file is no error."""
+        with _as_cache_errors(self.path), contextlib.suppress(FileNotFoundError):
             fd = os.open(self.partial_path(vid), os.O_WRONLY)
             try:
                 mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-                if _libc.fallocate(fd, mode, group * GROUP_BYTES, GROUP_BYTES):
+                if _libc.fallocate(fd, mode, blocks.start * BLOCK_BYTES, len(blocks) * BLOCK_BYTES):
                     code = ctypes.get_errno()
                     raise OSError(code, os.strerror(code))
             finally:
                 os.close(fd)
 
     def remove(self, vid: bytes) -> None:
-        """Unlink the version's files, where there are any."""
-        _unlink(self.object_path(vid))
-        _unlink(self.partial_path(vid))
+        """Unlink the version's files, where there are any. Raises CacheError."""
+        self.unlink(vid, whole=True)
+        self.unlink(vid, whole=False)
+
+    def unlink(self, vid: bytes, *, whole: bool) -> None:
+        """Unlink one of the version's files, if it is there. Raises CacheError."""
+        with _as_cache_errors(self.path):
+            _unlink(self.file_path(vid, whole=whole))
 
     def copy_from(
         self, source: TierFiles, row: VersionRow, vid: bytes, groups: list[tuple[GroupIndex, Group]]
@@ -163,19 +175,15 @@ class TierFiles:
 
     def stored(self) -> Iterator[tuple[VersionId, bool, int]]:
         """Yield (version id, whole, charged bytes) of every file; unlink what has no such name."""
-        for folder, whole in ((self._objects, True), (self._partial, False)):
-            for i in range(256):
-                with os.scandir(f"{folder}/{i:02x}") as entries:
-                    for entry in entries:
-                        vid = _vid_of(entry.name)
-                        if vid is None:
-                            _unlink(entry.path)
-                            continue
-                        yield vid, whole, entry.stat().st_blocks * 512
+        with _as_cache_errors(self.path):
+            for folder, whole in ((self._objects, True), (self._partial, False)):
+                for i in range(256):
+                    yield from _stored_in(f"{folder}/{i:02x}", whole)
 
     def free_bytes(self) -> int:
         """Return what the file system under this tier still has to give."""
-        status = os.statvfs(self.path)
+        with _as_cache_errors(self.path):
+            status = os.statvfs(self.path)
         return status.f_bavail * status.f_frsize
 
     def _new_path(self, vid: bytes) -> str:
@@ -204,6 +212,16 @@ class TierBudget:
     def give_back(self, charged_bytes: int) -> None:
         assert 0 <= charged_bytes <= self.used_bytes, (charged_bytes, self.used_bytes)
         self.used_bytes -= charged_bytes
+
+
+def _stored_in(folder: str, whole: bool) -> Iterator[tuple[VersionId, bool, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            vid = _vid_of(entry.name)
+            if vid is None:
+                _unlink(entry.path)
+                continue
+            yield vid, whole, entry.stat().st_blocks * 512
 
 
 def _copy_group(reader: int, writer: int, index: GroupIndex, group: Group, path: str) -> None:

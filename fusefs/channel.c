@@ -1,6 +1,6 @@
 /* What SluiceFS needs of libfuse and pyfuse3 does not expose.
  *
- * This library is loaded with RTLD_GLOBAL before pyfuse3, so that pyfuse3's calls of the two
+ * This library is loaded with RTLD_GLOBAL before pyfuse3, so that pyfuse3's calls of the three
  * libfuse functions below bind to it. Each calls libfuse's own and changes one thing:
  *
  * fuse_session_receive_buf
@@ -18,6 +18,10 @@
  *   under way. libfuse leaves the kernel's 12, which is fewer than the readers of one training
  *   job. Splicing is turned off: small requests are copied faster than they go through a pipe.
  *
+ * fuse_reply_open
+ *   pyfuse3's opendir can't ask the kernel to keep a directory's entries. Two high bits of the
+ *   handle say it here: the kernel may cache them, and what it has cached already is still good.
+ *
  * All state is set once, before the fork. Wire format: linux/fuse.h, a stable ABI.
  */
 #define _GNU_SOURCE
@@ -32,10 +36,15 @@
 
 #define MAX_BACKGROUND 256
 #define CONGESTION_THRESHOLD 192
+#define CACHE_ENTRIES (UINT64_C(1) << 60) /* Of a directory handle, as in operations.py. */
+#define KEEP_ENTRIES (UINT64_C(1) << 61)
 
 typedef int receive_function(struct fuse_session *, struct fuse_buf *);
 
+typedef int reply_open_function(fuse_req_t, const struct fuse_file_info *);
+
 static receive_function *receive_of_libfuse;
+static reply_open_function *reply_open_of_libfuse;
 
 static void name_inode_as_handle(struct fuse_buf *buffer, int length)
 {
@@ -55,6 +64,19 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
 	if (result > 0)
 		name_inode_as_handle(buffer, result);
 	return result == -EAGAIN ? -EINTR : result;
+}
+
+int fuse_reply_open(fuse_req_t request, const struct fuse_file_info *info)
+{
+	struct fuse_file_info changed;
+
+	if (!(info->fh & CACHE_ENTRIES))
+		return reply_open_of_libfuse(request, info);
+	changed = *info;
+	changed.cache_readdir = 1;
+	changed.keep_cache = (info->fh & KEEP_ENTRIES) != 0;
+	changed.fh &= ~(CACHE_ENTRIES | KEEP_ENTRIES);
+	return reply_open_of_libfuse(request, &changed);
 }
 
 /* From libfuse 3.17 on the function is versioned and pyfuse3 may call another one: the kernel's
@@ -96,7 +118,7 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 static struct PyModuleDef module = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "_channel",
-	.m_doc = "Changes two calls of pyfuse3 into libfuse; see channel.c. Import with RTLD_GLOBAL, first.",
+	.m_doc = "Changes three calls of pyfuse3 into libfuse; see channel.c. Import with RTLD_GLOBAL, first.",
 	.m_size = -1,
 };
 
@@ -109,6 +131,9 @@ static int find_functions(void)
 		return -1;
 	}
 	receive_of_libfuse = (receive_function *)dlsym(libfuse, "fuse_session_receive_buf");
+	reply_open_of_libfuse = (reply_open_function *)dlsym(libfuse, "fuse_reply_open");
+	if (!reply_open_of_libfuse || reply_open_of_libfuse == fuse_reply_open)
+		receive_of_libfuse = NULL;
 #if SETS_BACKGROUND
 	new_of_libfuse = (new_function *)dlsym(libfuse, "fuse_session_new");
 	if (!new_of_libfuse || new_of_libfuse == fuse_session_new)

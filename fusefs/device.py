@@ -109,8 +109,8 @@ def set_read_ahead(mountpoint: Path, kib: int) -> str | None:
 
 def mount_tmpfs(directory: Path, size_bytes: int) -> str | None:
     """Mount a tmpfs of that size (or resize the one that is there); return None, or why not."""
-    options = f"size={size_bytes},mode=0700".encode()
     flags = 0x20 if os.path.ismount(directory) else _MS_NOSUID | _MS_NODEV  # 0x20: MS_REMOUNT
+    options = f"size={size_bytes},mode=0700".encode()
     if _libc.mount(b"sluice-dram", str(directory).encode(), b"tmpfs", ctypes.c_ulong(flags), options):
         return os.strerror(ctypes.get_errno())
     return None

@@ -19,11 +19,13 @@ from cache.client import MoverClient
 from cache.counters import CounterRow
 from cache.errors import CacheError, ObjectMissing
 from cache.index import Index
+from cache.lake.base import Body
 from cache.messages import Corrupt, Fetch, ReadSeen, ReadThrough, Request, Used
 from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
     GROUP_BYTES,
+    MIB,
     SMALL_OBJECT_BYTES_MAX,
     Inode,
 )
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 WAITED_BIT = 1 << 62  # Of a file handle. Inodes are far smaller.
 _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
 _USED_BATCH = 128
+_TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often.
 
 
 class Filesystem:
@@ -86,7 +89,7 @@ class Filesystem:
 
     # Read
 
-    async def read(self, handle: int, offset: int, length: int) -> bytes | bytearray | memoryview:
+    async def read(self, handle: int, offset: int, length: int) -> Body:
         """Return the bytes; fewer than *length* only at the end of the file. Raises SluiceError."""
         inode, waited = Inode(handle & ~WAITED_BIT), bool(handle & WAITED_BIT)
         node = self._node(inode)
@@ -120,7 +123,7 @@ class Filesystem:
 
     async def _read_resident(
         self, inode: Inode, node: Node, offset: int, length: int
-    ) -> tuple[bytes | bytearray | memoryview, str] | None:
+    ) -> tuple[Body, str] | None:
         """Return the bytes and their counter's name, or None where a block is not there (any more)."""
         groups = range(offset // GROUP_BYTES, (offset + length - 1) // GROUP_BYTES + 1)
         row, rows = self._index.residence(node.vid, groups)
@@ -128,7 +131,8 @@ class Filesystem:
         if row is None or (expected := _expected(rows, groups, first, last)) is None:
             return None
         if not row.whole:
-            self._mover.tell(ReadSeen(inode, offset, length))
+            if offset // _TELL_BYTES != (offset + length) // _TELL_BYTES:
+                self._mover.tell(ReadSeen(inode, offset, length))
             self._note_used(*(group_key(node.vid, group) for group in groups))
         start, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, node.size_bytes)
         body = await self._pread(row, node.vid, start, end - start)
@@ -143,7 +147,7 @@ class Filesystem:
             return body, source
         return memoryview(body)[offset - start : offset - start + length], source
 
-    async def _pread(self, row: VersionRow, vid: bytes, offset: int, length: int) -> bytes | bytearray | None:
+    async def _pread(self, row: VersionRow, vid: bytes, offset: int, length: int) -> Body | None:
         tier = self._tiers[row.tier]
         try:
             fd = os.open(tier.file_path(vid, whole=row.whole), os.O_RDONLY | os.O_CLOEXEC)
@@ -165,7 +169,7 @@ class Filesystem:
     async def _note_mismatch(self, node: Node, groups: range, seen: list[Group | None]) -> None:
         """Tell a block that left while it was read from one that went bad, and have that dropped."""
         _, now = self._index.residence(node.vid, groups)
-        for group, before, after in zip(groups, seen, now, strict=True):
+        for before, after in zip(seen, now, strict=True):
             if after is None or before is None or after.generation != before.generation:
                 return
         self._counters.add("corrupt_blocks")

@@ -94,9 +94,10 @@ class Namespace:
         if state is None or self._remaining(state) <= 0:
             await self._mover.ask(List(inode))
 
-    def is_listed(self, inode: Inode) -> bool:
+    def changed_at_ns(self, inode: Inode) -> int | None:
+        """Return when the directory's entries changed last, None where they are not fresh."""
         state = self._index.directory(inode)
-        return state is not None and self._remaining(state) > 0
+        return state.changed_at_ns if state is not None and self._remaining(state) > 0 else None
 
     def entries(self, inode: Inode, cookie: int, limit: int) -> list[Entry]:
         """Return up to *limit* entries behind *cookie*: 0, or the inode of the last entry given.

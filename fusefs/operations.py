@@ -17,7 +17,7 @@ import pyfuse3
 
 from cache import errors
 from cache.config import MountConfig
-from cache.counters import CounterRow
+from cache.counters import CounterRow, ShownDirectories
 from cache.model import Inode
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import ATTRIBUTE_TTL_S, Entry
@@ -36,6 +36,7 @@ ERRNO_OF = (
     (errors.SluiceError, errno.EIO),
 )
 _READDIR_CHUNK = 200
+CACHE_ENTRIES, KEEP_ENTRIES = 1 << 60, 1 << 61  # Of a directory handle, for channel.c.
 
 
 def errno_of(error: Exception) -> int:
@@ -72,6 +73,7 @@ class Operations(pyfuse3.Operations):
 
     filesystem: Filesystem
     counters: CounterRow
+    shown: ShownDirectories | None = None  # Where the kernel caches directories, see channel.c.
 
     def __init__(self, config: MountConfig, on_init: Callable[[], None], *, no_open: bool) -> None:
         super().__init__()
@@ -121,9 +123,7 @@ class Operations(pyfuse3.Operations):
         return self._attributes(Entry(inode, node, 0.0))
 
     @_guarded
-    async def getattr(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         node = self.filesystem.namespace.node(Inode(inode))
         if node is None:
             raise pyfuse3.FUSEError(errno.ESTALE)
@@ -134,13 +134,20 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
-        return pyfuse3.FileHandleT(inode)
+        if self.shown is None:
+            return pyfuse3.FileHandleT(inode)
+        changed_at_ns = self.filesystem.namespace.changed_at_ns(Inode(inode))
+        is_good = changed_at_ns is not None and self.shown.has(inode, changed_at_ns)
+        return pyfuse3.FileHandleT(inode | CACHE_ENTRIES | (KEEP_ENTRIES if is_good else 0))
 
     @_guarded
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         namespace, inode = self.filesystem.namespace, Inode(fh)
         if start_id == 0:
             await namespace.make_listed(inode)
+            changed_at_ns = namespace.changed_at_ns(inode)
+            if self.shown is not None and changed_at_ns is not None:
+                self.shown.note(inode, changed_at_ns)  # The kernel caches from the start again.
         while entries := namespace.entries(inode, start_id, _READDIR_CHUNK):
             for entry in entries:
                 name = pyfuse3.FileNameT(entry.node.name)

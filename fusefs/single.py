@@ -15,7 +15,7 @@ import trio
 
 from cache.client import LocalMoverClient
 from cache.config import MountConfig
-from cache.counters import Counters
+from cache.counters import Counters, ShownDirectories
 from cache.errors import SluiceError
 from cache.mover import Mover, TierPlan
 from cache.server import Listeners, WorkerConnections, serve_mover
@@ -66,6 +66,7 @@ async def _serve_session(
     try:
         initialised = trio.Event()
         operations = Operations(config, initialised.set, no_open=no_open)
+        operations.shown = ShownDirectories() if channel.load() is None else None
         pyfuse3.init(operations, f"/dev/fd/{fd}", set())
         async with trio.open_nursery() as nursery:
             client = LocalMoverClient(mover.handle, nursery)

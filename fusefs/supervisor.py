@@ -24,7 +24,7 @@ import trio  # noqa: E402
 
 from cache import errors  # noqa: E402
 from cache.config import MountConfig  # noqa: E402
-from cache.counters import Counters  # noqa: E402
+from cache.counters import Counters, ShownDirectories  # noqa: E402
 from cache.errors import SluiceError  # noqa: E402
 from cache.mover import TierPlan  # noqa: E402
 from cache.server import Listeners  # noqa: E402
@@ -190,6 +190,7 @@ def _mount_and_shake_hands(mount: Mount) -> Operations:
     operations = Operations(config, lambda: handshake.set(), no_open=bool(mount.features["no_open"]["on"]))
     pyfuse3.init(operations, f"/dev/fd/{mount.device}", set())
     operations.counters = mount.counters.row(0)
+    operations.shown = ShownDirectories() if NO_CHANNEL is None else None
     trio.run(_shake_hands, handshake)
     os.set_blocking(mount.device, NO_CHANNEL is not None)
     return operations

@@ -20,6 +20,8 @@ from fusefs.operations import Operations
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_S = 10.0  # Beyond the lake's retries, for movers that can't even start.
+
 
 def invalidate(entries: list[tuple[int, bytes]]) -> None:
     """Have the kernel forget names that show something else now, in pyfuse3's own thread."""
@@ -56,7 +58,7 @@ async def run_worker(
     index = Index(config.index_directory)
     try:
         async with trio.open_nursery() as nursery:
-            mover = SocketMoverClient(socket_path, invalidate)
+            mover = SocketMoverClient(socket_path, invalidate, config.retry_s + _PATIENCE_S)
             filesystem = equip(operations, config, index, tiers, mover, counters)
             nursery.start_soon(mover.run)
             nursery.start_soon(filesystem.flush_used_regularly)

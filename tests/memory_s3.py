@@ -62,6 +62,10 @@ class MemoryS3:
         assert self._server is not None
         return f"http://127.0.0.1:{self._server.server_port}"
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (f"--endpoint-url={self.endpoint_url}",)
+
     def put_many(self, objects: Mapping[str, bytes]) -> None:
         with self._mutex:
             for key, body in objects.items():
@@ -103,7 +107,9 @@ class MemoryS3:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -42,7 +42,9 @@ class Readers:
     def finish(self) -> int:
         """Stop them and return how many reads there were. Raises Failed."""
         said = [process.communicate(timeout=60) for process in self._running]
-        wrong = [errors for process, (_, errors) in zip(self._running, said, strict=True) if process.returncode]
+        wrong = [
+            errors for process, (_, errors) in zip(self._running, said, strict=True) if process.returncode
+        ]
         if wrong:
             raise Failed("\n".join(wrong))
         return sum(int(out) for out, _ in said)

@@ -2,7 +2,8 @@
 
 `mounting` makes mounts below the test's temporary directory. At its end each is unmounted; what
 then still runs is killed by its own pid, what is still mounted is detached, and either fails the
-test. A mount that does not answer is killed after PATIENCE_S, so that no read hangs for ever.
+test. A mount that does not answer is killed after PATIENCE_S, so that no read hangs for ever. Should
+pytest itself be killed, a shell that waits for its end does the same.
 """
 
 from __future__ import annotations
@@ -196,6 +197,27 @@ class LiveMount(Mounted):
         return (self.cache / "log").read_text("utf-8", "replace")
 
 
+# Reads to the end of the pipe that pytest holds; a line before it says that all was ended in good order.
+_GUARDIAN = r"""
+trap "" INT TERM HUP
+read -r line && exit
+for pid in $(pgrep -f "sluice mount .*$1/"); do kill -9 "$pid"; done
+grep -o " $1/[^ ]*" /proc/self/mountinfo | tac | while read -r point; do umount -l "$point"; done
+"""
+
+
+@contextmanager
+def guardian(home: Path) -> Iterator[None]:
+    """End what is mounted below *home* if this process dies before the block ends."""
+    watching = subprocess.Popen(
+        ["sh", "-c", _GUARDIAN, "guardian", str(home)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        watching.communicate(b"ended\n", timeout=10)
+
+
 class Mounting:
     """Makes mounts below *home*; `end` ends them and fails if one would not end by itself."""
 
@@ -214,7 +236,12 @@ class Mounting:
         """Return a mount that is not mounted yet. Small tiers and two workers unless *options* say so."""
         home = self.home / (name or f"m{len(self._mounts)}")
         home.mkdir(exist_ok=True)
-        defaults = {"--cache": f"{home / 'cache'}:{size}", "--dram": "0", "--keep-free": "0", "--workers": "2"}
+        defaults = {
+            "--cache": f"{home / 'cache'}:{size}",
+            "--dram": "0",
+            "--keep-free": "0",
+            "--workers": "2",
+        }
         given = {option.partition("=")[0] for option in options}
         wanted = [f"{option}={value}" for option, value in defaults.items() if option not in given]
         made = LiveMount(lake, home, [*wanted, *options], environment or {})
@@ -240,11 +267,12 @@ class Mounting:
 @contextmanager
 def mounting_below(home: Path) -> Iterator[Mounting]:
     made = Mounting(home)
-    try:
-        yield made
-    finally:
-        made.end()
-        shutil.rmtree(home, ignore_errors=True)  # Tests leave gigabytes else.
+    with guardian(home):
+        try:
+            yield made
+        finally:
+            made.end()
+            shutil.rmtree(home, ignore_errors=True)  # Tests leave gigabytes else.
 
 
 @pytest.fixture
@@ -273,9 +301,10 @@ def sluice(
 class Lake(Protocol):
     """*url* and *options* mount it."""
 
-    url: str
-    options: tuple[str, ...]
-
+    @property
+    def url(self) -> str: ...
+    @property
+    def options(self) -> tuple[str, ...]: ...
     def put(self, key: str, body: bytes) -> None: ...
     def delete(self, key: str) -> None: ...
 

@@ -174,7 +174,8 @@ def test_random_reads_of_several_processes_are_right(tree: Tree, tmp_path: Path)
     copy.write_bytes(files["sizes/large"])
     path = mount.directory / "sizes/large"
     readers = [
-        subprocess.Popen([sys.executable, "-c", RANDOM_READER, str(seed), path, copy, "60"]) for seed in range(4)
+        subprocess.Popen([sys.executable, "-c", RANDOM_READER, str(seed), path, copy, "60"])
+        for seed in range(4)
     ]
     try:
         assert [reader.wait(90) for reader in readers] == [0] * 4
@@ -295,7 +296,14 @@ HIDDEN = {
 
 def test_keys_that_no_path_can_show_are_hidden_and_counted(mounting: Mounting, memory_s3: MemoryS3) -> None:
     memory_s3.put_many({key: b"hidden" for key in HIDDEN})
-    shown = {"both/inside": b"1", "a/c": b"2", "x/y": b"3", "long/name": b"4", "marker/in": b"5", "plain": b"6"}
+    shown = {
+        "both/inside": b"1",
+        "a/c": b"2",
+        "x/y": b"3",
+        "long/name": b"4",
+        "marker/in": b"5",
+        "plain": b"6",
+    }
     memory_s3.put_many(shown)
     mount = mounting.mount(memory_s3.url, f"--endpoint-url={memory_s3.endpoint_url}")
     assert walk(mount.directory) == shown
@@ -346,7 +354,9 @@ def test_entries_that_come_and_go_disturb_no_listing_of_the_others(
     stays = {f"d/{i:05d}": b"x" for i in range(0, 5000, 2)}
     memory_s3.put_many(stays)
     memory_s3.put_many({f"d/{i:05d}": b"y" for i in range(1, 5000, 4)})
-    mount = mounting.mount(memory_s3.url, f"--endpoint-url={memory_s3.endpoint_url}", "--ttl=0.2", "--workers=3")
+    mount = mounting.mount(
+        memory_s3.url, f"--endpoint-url={memory_s3.endpoint_url}", "--ttl=0.2", "--workers=3"
+    )
 
     def change(number: int) -> None:
         """Take away, add, and replace by a directory, on both sides of the reader; see it listed again."""
@@ -356,7 +366,10 @@ def test_entries_that_come_and_go_disturb_no_listing_of_the_others(
             memory_s3.put(f"{key}/now a directory", b"z")
         memory_s3.put_many({f"d/{i + number % 7:05d}": b"n" for i in range(3, 5000, 800)})
         relisted = memory_s3.requests["list"]
-        until(lambda: os.listdir(mount.directory / "d") and memory_s3.requests["list"] > relisted, "a new listing")
+        until(
+            lambda: os.listdir(mount.directory / "d") and memory_s3.requests["list"] > relisted,
+            "a new listing",
+        )
 
     for _ in range(2):
         names = list_in_pieces(mount.directory / "d", change)

@@ -71,10 +71,7 @@ def without_channel(mount: LiveMount) -> None:
     script = mount.home / "bin" / "sluice"
     script.parent.mkdir()
     script.write_text(
-        "import sys\n"
-        "sys.modules['fusefs._channel'] = None\n"
-        "from tools.cli import main\n"
-        "sys.exit(main())\n"
+        "import sys\nsys.modules['fusefs._channel'] = None\nfrom tools.cli import main\nsys.exit(main())\n"
     )
     mount.program = [sys.executable, str(script)]
 
@@ -192,5 +189,3 @@ def test_without_the_supervisor_reads_go_on_and_umount_ends_everything(
     assert mount.requests()["get"] == 0
     mount.unmount()
     assert mounts_below(mount.home) == []
-
-

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by tests/run and tools/demo. From a fresh Debian or Ubuntu to a virtual environment that
 # has SluiceFS and what the caller needs. Needs bash and `set -e`; sets nothing but functions.
 #

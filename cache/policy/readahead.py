@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from cache.model import GROUP_BYTES, MIB
 
-SLACK_BYTES = 2 * MIB
-RANDOM_FETCH_BYTES = 1 * MIB  # A lone read fetches this much: waiting costs more than the bytes.
+SLACK_BYTES = 4 * MIB  # Hits are told about every 2 MiB only, see `Filesystem`.
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ from typing import Any
 from tools.bench.figures import MeasurementFailed
 
 READ_BYTES = 1 << 20
+ANSWER_S = 600.0  # Longest wait for a reader: a mount that hangs must not hang the benchmark.
+END_S = 5.0  # A reader that waits in the kernel dies only when its mount is gone.
 
 Prepare = Callable[[Any], Callable[[], int]]
 
@@ -59,7 +61,7 @@ def timed(prepare: Prepare, shares: Sequence[Any], expected_bytes: int) -> float
             theirs.close()
             children.append((child, ours))
         for _, connection in children:
-            if (said := connection.recv()) != "ready":
+            if (said := _answer(connection)) != "ready":
                 raise MeasurementFailed(f"a reader process failed: {said}")
         start_s = time.perf_counter()
         for _, connection in children:
@@ -71,7 +73,7 @@ def timed(prepare: Prepare, shares: Sequence[Any], expected_bytes: int) -> float
             connection.close()
             child.join(1)
             child.kill()
-            child.join()
+            child.join(END_S)
     if sum(results) != expected_bytes:
         raise MeasurementFailed(f"{sum(results)} bytes were read instead of {expected_bytes}")
     return took_s
@@ -87,11 +89,17 @@ def _child(prepare: Prepare, share: Any, connection: Connection) -> None:
         connection.send(f"{type(error).__name__}: {error}")
 
 
-def _result(connection: Connection) -> int:
+def _answer(connection: Connection) -> Any:
+    if not connection.poll(ANSWER_S):
+        raise MeasurementFailed(f"a reader process did not end within {ANSWER_S:g} s")
     try:
-        result = connection.recv()
+        return connection.recv()
     except EOFError as error:
         raise MeasurementFailed("a reader process ended without a result") from error
+
+
+def _result(connection: Connection) -> int:
+    result = _answer(connection)
     if not isinstance(result, int):
         raise MeasurementFailed(f"a reader process failed: {result}")
     return result

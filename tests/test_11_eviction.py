@@ -1,0 +1,238 @@
+"""Which item leaves first: the two policies, by themselves and under simulated epochs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy, make_policy
+
+
+@pytest.fixture(params=["lru", "epoch"])
+def policy(request: pytest.FixtureRequest) -> EvictionPolicy:
+    """Each of the policies, empty."""
+    return make_policy(request.param)
+
+
+def item(number: int) -> ItemId:
+    return ItemId(number.to_bytes(16, "big"))
+
+
+def group(number: int, group_number: int) -> ItemId:
+    return ItemId(item(number) + group_number.to_bytes(4, "big"))
+
+
+def numbers(items: Iterable[ItemId]) -> list[int]:
+    return [int.from_bytes(one[:16], "big") for one in items]
+
+
+def filled(policy: EvictionPolicy, count: int, *, used: bool = True) -> EvictionPolicy:
+    for number in range(count):
+        policy.added(item(number), 1, used=used)
+    return policy
+
+
+def fetched(policy: EvictionPolicy, order: Iterable[int], capacity: int) -> int:
+    """Return how many of the objects, read in *order*, had to be fetched. All have size 1."""
+    count = 0
+    for number in order:
+        if policy.size_of(item(number)) is not None:
+            policy.touched(item(number))
+            continue
+        count += 1
+        for victim in policy.victims(len(policy) + 1 - capacity, ()):
+            policy.removed(victim)
+        policy.added(item(number), 1, used=True)
+        assert len(policy) <= capacity
+    return count
+
+
+def epoch_shares(
+    policy: EvictionPolicy, objects: int, share: float, epochs: int, seed: int = 1, first: int = 0
+) -> list[float]:
+    """Return the part of the set that each shuffled epoch fetched, with *share* of it cacheable."""
+    generator = random.Random(seed)
+    shares = []
+    for _ in range(epochs):
+        order = [first + number for number in range(objects)]
+        generator.shuffle(order)
+        shares.append(fetched(policy, order, int(objects * share)) / objects)
+    return shares
+
+
+def test_lru_lets_the_least_recently_used_go_first() -> None:
+    policy = filled(LruPolicy(), 4)
+    policy.touched(item(0))
+    assert numbers(policy.victims(3, ())) == [1, 2, 3]
+
+
+def test_lru_counts_an_added_item_as_just_used() -> None:
+    policy = filled(LruPolicy(), 3)
+    policy.added(item(0), 1, used=False)
+    assert numbers(policy.order(9)) == [1, 2, 0]
+
+
+def test_victims_change_nothing(policy: EvictionPolicy) -> None:
+    filled(policy, 5)
+    assert policy.victims(3, ()) == policy.victims(3, ())
+    assert len(policy) == 5
+
+
+def test_victims_stop_once_enough_comes_free(policy: EvictionPolicy) -> None:
+    for number in range(10):
+        policy.added(item(number), 100, used=True)
+    assert len(policy.victims(1, ())) == 1
+    assert len(policy.victims(101, ())) == 2
+    assert policy.victims(0, ()) == []
+
+
+def test_groups_and_objects_of_busy_versions_are_skipped(policy: EvictionPolicy) -> None:
+    filled(policy, 3)
+    policy.added(group(7, 0), 1, used=True)
+    policy.added(group(7, 1), 1, used=True)
+    chosen = policy.victims(99, {item(1)[:16], item(7)[:16]})
+    assert set(numbers(chosen)) == set(numbers(policy.order(99))) - {1, 7}
+
+
+def test_unknown_items_are_ignored(policy: EvictionPolicy) -> None:
+    filled(policy, 2)
+    before = policy.order(9)
+    policy.touched(item(99))
+    policy.removed(item(99))
+    assert policy.order(9) == before
+    assert policy.size_of(item(99)) is None
+
+
+def test_what_this_epoch_used_leaves_before_what_it_still_needs() -> None:
+    policy = EpochPolicy()
+    filled(policy, 20, used=False)
+    for number in range(10):
+        policy.touched(item(number))
+    assert set(numbers(policy.order(9))) == set(range(9))  # The tenth is in somebody's hands.
+
+
+def test_the_newest_used_item_leaves_first_so_that_the_others_stay_for_the_next_epoch() -> None:
+    policy = filled(EpochPolicy(), 100)
+    in_hands = 100 // EpochPolicy._RECENT_SHARE
+    assert numbers(policy.order(3)) == [99 - in_hands - i for i in range(3)]
+
+
+def test_what_was_used_a_moment_ago_leaves_last() -> None:
+    policy = EpochPolicy()
+    filled(policy, 50, used=False)
+    policy.touched(item(3))
+    assert numbers(policy.order(50))[-1] == 3
+
+
+def test_an_epoch_ends_when_enough_items_come_round_again() -> None:
+    policy = filled(EpochPolicy(), 400)
+    uses = 0
+    for number in range(400):
+        if policy.epochs:
+            break
+        policy.touched(item(number))
+        uses += 1
+    assert 400 // 8 <= uses <= 400 // 8 + 64 + 1
+
+
+def test_reading_one_item_many_times_over_ends_no_epoch() -> None:
+    """Each READ of a large file touches its group: 64 times in a row."""
+    policy = filled(EpochPolicy(), 200)
+    for number in range(20):
+        for _ in range(64):
+            policy.touched(item(number))
+    assert policy.epochs == 0
+
+
+def test_items_elsewhere_do_not_delay_the_end_of_an_epoch() -> None:
+    policy, other = filled(EpochPolicy(), 100), filled(EpochPolicy(), 100)
+    for number in range(100):
+        other.touched(item(number))
+        policy.touched(item(number))
+        for elsewhere in range(1000, 1010):
+            policy.touched(item(elsewhere))
+    assert policy.epochs == other.epochs == 1
+
+
+def test_what_a_whole_epoch_did_not_use_leaves_first() -> None:
+    policy = EpochPolicy()
+    filled(policy, 100, used=False)
+    for number in range(50):
+        policy.touched(item(number))
+    policy.epoch_began()
+    assert numbers(policy.order(50)) == list(range(50, 100))
+
+
+@pytest.mark.parametrize(("share", "from_epoch"), [(0.2, 2), (0.5, 1), (0.8, 1)])
+def test_shuffled_epochs_fetch_little_more_than_what_does_not_fit(share: float, from_epoch: int) -> None:
+    """The optimum is 1 - share. A first pass over more than twice the tier costs one epoch more."""
+    shares = epoch_shares(EpochPolicy(), 1500, share, 7)
+    assert shares[0] == 1.0
+    for fetched_share in shares[from_epoch:]:
+        assert 1 - share - 0.001 <= fetched_share <= 1 - share + 0.035
+
+
+@pytest.mark.parametrize(("share", "lru_share"), [(0.2, 0.97), (0.5, 0.82), (0.8, 0.48)])
+def test_lru_fetches_much_more_of_a_shuffled_epoch(share: float, lru_share: float) -> None:
+    assert min(epoch_shares(LruPolicy(), 1500, share, 4)[1:]) > lru_share
+
+
+def test_another_set_takes_the_place_of_one_that_is_no_longer_read() -> None:
+    policy = EpochPolicy()
+    epoch_shares(policy, 1000, 0.5, 3)
+    shares = epoch_shares(policy, 1000, 0.5, 4, seed=2, first=10_000)
+    assert all(fetched_share < 0.58 for fetched_share in shares[2:])
+
+
+def test_popular_items_are_served_as_well_as_by_lru() -> None:
+    """No epochs at all: draws with replacement, by Zipf's law."""
+    weights = [1 / rank for rank in range(1, 1001)]
+    draws = random.Random(3).choices(range(1000), weights, k=10_000)
+    by_epoch, by_lru = (fetched(make_policy(name), draws, 300) for name in ("epoch", "lru"))
+    assert by_epoch < 1.05 * by_lru
+
+
+Step = tuple[str, int, int]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["use", "ahead", "touch", "remove", "evict", "epoch"]),
+        st.integers(0, 40),
+        st.integers(1, 9),
+    ),
+    max_size=200,
+)
+
+
+@pytest.mark.parametrize("name", ["lru", "epoch"])
+@given(steps=STEPS)
+def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[Step]) -> None:
+    policy, model = make_policy(name), dict[ItemId, int]()
+    for verb, number, size_bytes in steps:
+        one = item(number)
+        if verb in ("use", "ahead"):
+            policy.added(one, size_bytes, used=verb == "use")
+            model[one] = size_bytes
+        elif verb == "touch":
+            policy.touched(one)
+        elif verb == "remove":
+            policy.removed(one)
+            model.pop(one, None)
+        elif verb == "evict":
+            busy = {item(n)[:16] for n in range(0, number, 3)}
+            victims = policy.victims(size_bytes, busy)
+            free = {one: model[one] for one in model if one not in busy}
+            assert len(set(victims)) == len(victims) and set(victims) <= set(free)
+            assert sum(map(model.__getitem__, victims)) >= min(size_bytes, sum(free.values()))
+            for victim in victims:
+                policy.removed(victim)
+                del model[victim]
+        elif isinstance(policy, EpochPolicy):
+            policy.epoch_began()
+        assert len(policy) == len(model)
+    order = policy.order(1000)
+    assert len(order) == len(set(order)) and set(order) == set(model)
+    assert {one: policy.size_of(one) for one in order} == model

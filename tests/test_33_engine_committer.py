@@ -1,0 +1,240 @@
+"""The threads that do blocking I/O, and the group commit of the index."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from cache.committer import Change, Committer
+from cache.engine import Engine
+from cache.errors import CacheError
+from cache.index import Index, IndexWriter
+
+_WAIT_S = 30.0
+
+
+class Gate:
+    """A job that says when it began and ends when it may."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self._log = log
+        self._name = name
+        self.began = threading.Event()
+        self.may_end = threading.Event()
+
+    def __call__(self) -> str:
+        self._log.append(self._name)
+        self.began.set()
+        assert self.may_end.wait(_WAIT_S)
+        return self._name
+
+    async def has_begun(self) -> None:
+        assert await trio.to_thread.run_sync(self.began.wait, _WAIT_S)
+
+
+@pytest.fixture
+async def one_thread() -> AsyncIterator[Engine]:
+    engine = Engine("test", 1)
+    yield engine
+    engine.stop()
+
+
+async def test_a_call_runs_in_a_thread_and_gives_its_result(one_thread: Engine) -> None:
+    thread = await one_thread.run(threading.current_thread)
+    assert thread is not threading.current_thread()
+    assert thread.name == "test-0"
+
+
+async def test_a_call_raises_what_it_raises(one_thread: Engine) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await one_thread.run(lambda: 1 // 0)
+    assert await one_thread.run(lambda: 5) == 5
+
+
+async def test_demand_overtakes_what_is_read_ahead(one_thread: Engine) -> None:
+    order: list[str] = []
+    first = Gate(order, "first")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one_thread.run, first)
+        await first.has_begun()
+        for i in range(3):
+            nursery.start_soon(lambda i=i: one_thread.run(lambda: order.append(f"ahead{i}"), demand=False))
+        await wait_all_tasks_blocked()
+        for i in range(3):
+            nursery.start_soon(lambda i=i: one_thread.run(lambda: order.append(f"demand{i}")))
+        await wait_all_tasks_blocked()
+        first.may_end.set()
+    assert order[0] == "first"
+    assert {name[:-1] for name in order[1:4]} == {"demand"}
+    assert {name[:-1] for name in order[4:]} == {"ahead"}
+
+
+async def test_read_ahead_leaves_threads_free_for_demand() -> None:
+    engine, log = Engine("test", 3, reserved=1), list[str]()
+    gates = [Gate(log, f"ahead{i}") for i in range(3)]
+    async with trio.open_nursery() as nursery:
+        for gate in gates:
+            nursery.start_soon(lambda gate=gate: engine.run(gate, demand=False))
+            await wait_all_tasks_blocked()
+        for gate in gates[:2]:
+            await gate.has_begun()
+        assert await engine.run(lambda: "demand") == "demand"
+        assert not gates[2].began.is_set()
+        gates[0].may_end.set()
+        await gates[2].has_begun()
+        for gate in gates:
+            gate.may_end.set()
+    engine.stop()
+
+
+async def test_a_job_cancelled_while_it_waits_never_runs(one_thread: Engine) -> None:
+    log: list[str] = []
+    first = Gate(log, "first")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one_thread.run, first)
+        await first.has_begun()
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(one_thread.run, lambda: log.append("never"))
+                await wait_all_tasks_blocked()
+                scope.cancel()
+        first.may_end.set()
+    await one_thread.run(lambda: log.append("last"))
+    assert log == ["first", "last"]
+
+
+async def test_a_job_cancelled_while_it_runs_runs_to_its_end_and_nobody_waits(one_thread: Engine) -> None:
+    log: list[str] = []
+    job = Gate(log, "job")
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one_thread.run, job)
+            await job.has_begun()
+            scope.cancel()
+    assert scope.cancelled_caught
+    job.may_end.set()
+    assert await one_thread.run(lambda: "next") == "next"
+
+
+async def test_many_calls_at_once_each_get_their_own_result() -> None:
+    engine, results = Engine("test", 4), dict[int, int]()
+
+    async def one(i: int) -> None:
+        results[i] = await engine.run(lambda: i * i, demand=bool(i % 2))
+
+    async with trio.open_nursery() as nursery:
+        for i in range(2000):
+            nursery.start_soon(one, i)
+    engine.stop()
+    assert results == {i: i * i for i in range(2000)}
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    index = Index(tmp_path)
+    yield index
+    index.close()
+
+
+class CountingIndex(Index):
+    """Counts transactions, and fails those that it is told to."""
+
+    commits = 0
+    failing = False
+
+    def write(self):  # type: ignore[no-untyped-def]
+        self.commits += 1
+        if self.failing:
+            raise CacheError("the disk is full")
+        return super().write()
+
+
+def put(name: str) -> Change:
+    return lambda w: w.set_meta(name.encode(), b"1")
+
+
+async def test_changes_that_wait_together_are_one_transaction(tmp_path: Path, nursery: trio.Nursery) -> None:
+    index = CountingIndex(tmp_path)
+    committer = Committer(index)
+    nursery.start_soon(committer.run)
+    async with trio.open_nursery() as waiting:
+        for i in range(50):
+            waiting.start_soon(committer.commit, put(f"m{i}"))
+    assert index.commits == 1
+    assert all(index.meta(b"m%d" % i) for i in range(50))
+    nursery.cancel_scope.cancel()
+    index.close()
+
+
+async def test_a_commit_returns_only_when_readers_can_see_it(index: Index, nursery: trio.Nursery) -> None:
+    committer = Committer(index)
+    nursery.start_soon(committer.run)
+    for i in range(5):
+        await committer.commit(put(f"m{i}"))
+        assert index.meta(b"m%d" % i) == b"1"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_failed_transaction_fails_all_who_wait_for_it_and_nobody_after(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    index = CountingIndex(tmp_path)
+    committer = Committer(index)
+    nursery.start_soon(committer.run)
+    errors: list[CacheError] = []
+
+    async def one(i: int) -> None:
+        try:
+            await committer.commit(put(f"m{i}"))
+        except CacheError as error:
+            errors.append(error)
+
+    index.failing = True
+    async with trio.open_nursery() as waiting:
+        for i in range(3):
+            waiting.start_soon(one, i)
+    assert len(errors) == 3 and index.commits == 1
+    index.failing = False
+    await committer.commit(put("after"))
+    assert index.meta(b"after") and not index.meta(b"m0")
+    nursery.cancel_scope.cancel()
+    index.close()
+
+
+async def test_an_lmdb_error_takes_the_whole_transaction_back_and_is_a_cache_error(
+    index: Index, nursery: trio.Nursery
+) -> None:
+    committer = Committer(index)
+    nursery.start_soon(committer.run)
+
+    def refuse(w: IndexWriter) -> None:
+        w.set_meta(b"half", b"1")
+        raise lmdb.MapFullError("full")
+
+    with pytest.raises(CacheError, match="full"):
+        await committer.commit(refuse)
+    assert index.meta(b"half") is None
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_queued_change_is_applied_though_its_caller_was_cancelled(
+    index: Index, nursery: trio.Nursery
+) -> None:
+    committer = Committer(index)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as waiting:
+            waiting.start_soon(committer.commit, put("m"))
+            await wait_all_tasks_blocked()
+            scope.cancel()
+    committer.commit_nowait(put("n"))
+    nursery.start_soon(committer.run)
+    await committer.commit(put("o"))
+    assert index.meta(b"m") and index.meta(b"n")
+    nursery.cancel_scope.cancel()

@@ -1,0 +1,206 @@
+"""The mover's parts over a temporary directory and a fake lake, wired as `cache/mover.py` does it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import trio
+
+from cache.committer import Committer
+from cache.engine import Engine
+from cache.fetcher import Fetcher
+from cache.index import Index
+from cache.lake.base import ListPage
+from cache.lake.fake import FakeLake
+from cache.lake_io import LakeIO
+from cache.lister import Lister
+from cache.listing import Changed
+from cache.model import MIB, ROOT_INODE, Inode, ObjectVersion
+from cache.policy.eviction import make_policy
+from cache.policy.freshness import Freshness
+from cache.policy.readahead import SequentialReadAhead
+from cache.policy.retry import RetryPolicy
+from cache.records import Node
+from cache.residency import Residency, Tier
+from cache.restore import restore
+from cache.tier import TierBudget, TierFiles
+
+_WAIT_S = 30.0  # A test that waits for what never happens fails instead of hanging.
+QUICK_RETRY = RetryPolicy(budget_s=20.0, first_s=0.001, longest_s=0.002, slow_down_first_s=0.001)
+NO_RETRY = RetryPolicy(budget_s=0.0)
+
+
+class WatchedLake(FakeLake):
+    """A fake lake whose requests can be waited for, and whose pages can be made short."""
+
+    def __init__(self, page_keys: int = 1000) -> None:
+        super().__init__()
+        self.page_keys = page_keys
+        self.listed: list[str] = []  # The prefixes of all list requests, in order.
+        self._arrived: Counter[str] = Counter()
+        self._arrival = threading.Condition()
+
+    def list_page(
+        self,
+        prefix: str,
+        *,
+        delimiter: bool,
+        token: str | None = None,
+        start_after: str = "",
+        keys_max: int = 1000,
+    ) -> ListPage:
+        self.listed.append(prefix)
+        keys_max = min(keys_max, self.page_keys)
+        return super().list_page(
+            prefix, delimiter=delimiter, token=token, start_after=start_after, keys_max=keys_max
+        )
+
+    def _meet(self, verb: str, key: str) -> bool:
+        with self._arrival:
+            self._arrived[verb] += 1
+            self._arrival.notify_all()
+        return super()._meet(verb, key)
+
+    async def met(self, verb: str, times: int = 1) -> None:
+        """Return once so many requests of *verb* have come in, held at their gate or not."""
+
+        def wait() -> bool:
+            with self._arrival:
+                return self._arrival.wait_for(lambda: self._arrived[verb] >= times, _WAIT_S)
+
+        assert await trio.to_thread.run_sync(wait), f"never {times} requests of {verb}"
+
+    def hold(self, verb: str) -> threading.Event:
+        """Hold the requests of *verb* from now on; set the event to let them go."""
+        gate = self.gates[verb] = threading.Event()
+        return gate
+
+
+@dataclass(frozen=True)
+class TierSpec:
+    name: str
+    size_bytes: int
+    is_memory: bool = False
+    free_min_bytes: int = 0
+
+
+@dataclass
+class Cache:
+    """Everything that `cache.mover.Mover` is made of, and the tests' views of it."""
+
+    path: Path
+    lake: FakeLake
+    lake_io: LakeIO
+    index: Index
+    committer: Committer
+    residency: Residency
+    fetcher: Fetcher
+    lister: Lister
+    lake_engine: Engine
+    disk_engine: Engine
+    nursery: trio.Nursery
+    changes: trio.MemoryReceiveChannel[Changed]
+
+    async def fetch(self, version: ObjectVersion) -> None:
+        """Make all of *version* resident."""
+        await self.fetcher.fetch(version, 0, version.size_bytes)
+
+    async def idle(self) -> None:
+        """Return once no flight is under way."""
+        while flights := list(self.fetcher._flights.values()):
+            await flights[0][0].landed.wait()
+
+    def resident_bytes(self, version: ObjectVersion) -> bytes | None:
+        """Return the cached bytes of a whole version as its file holds them; None if it is not whole."""
+        row = self.index.version(version.id)
+        if row is None or not row.whole:
+            return None
+        return Path(self.residency.tiers[row.tier].files.object_path(version.id)).read_bytes()
+
+    def cached_bytes(self, version: ObjectVersion, offset: int, length: int) -> bytes:
+        """Return what the version's file holds there, whole or sparse, holes included."""
+        row = self.index.version(version.id)
+        assert row is not None, version
+        path = self.residency.tiers[row.tier].files.file_path(version.id, whole=row.whole)
+        return Path(path).read_bytes()[offset : offset + length]
+
+    def names(self, inode: Inode = ROOT_INODE) -> dict[str, tuple[Inode, Node]]:
+        """Return what the index shows in a directory."""
+        return {node.name.decode(): (child, node) for child, node in self.index.children(inode, b"", 10**6)}
+
+    def told(self) -> list[tuple[int, bytes]]:
+        """Return the entries told as changed since the last call."""
+        entries: list[tuple[int, bytes]] = []
+        while True:
+            try:
+                entries += self.changes.receive_nowait()
+            except trio.WouldBlock:
+                return entries
+
+
+def make_tier(path: Path, spec: TierSpec, policy: str) -> Tier:
+    files = TierFiles(spec.name, path / spec.name, is_memory=spec.is_memory)
+    return Tier(files, TierBudget(spec.size_bytes), make_policy(policy), spec.free_min_bytes)
+
+
+@asynccontextmanager
+async def open_cache(
+    path: Path,
+    lake: FakeLake,
+    *,
+    tiers: tuple[TierSpec, ...] = (TierSpec("nvme0", 256 * MIB),),
+    policy: str = "lru",
+    ttl_s: float = 3600.0,
+    immutable: bool = False,
+    retry: RetryPolicy = QUICK_RETRY,
+    window_bytes_max: int = 16 * MIB,
+    ahead_flights_max: int = 4,
+    with_tiers: bool = True,
+) -> AsyncIterator[Cache]:
+    """Open, restore and wire everything; on the way out stop it without saving anything: a crash.
+
+    Without *with_tiers* their directories are not made: for tests that fetch nothing.
+    """
+    lake_engine, disk_engine = Engine("lake", 6, reserved=1), Engine("disk", 3, reserved=1)
+    index = Index(path)
+    committer = Committer(index)
+    with index.write() as writer:
+        writer.add_root()
+    send, receive = trio.open_memory_channel[Changed](1000)
+    lake_io = LakeIO(lake, lake_engine, retry, seed=1)
+    made = [make_tier(path, spec, policy) for spec in tiers]
+    residency = Residency(made, index, committer, lake_engine, disk_engine)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(committer.run)
+            readahead = SequentialReadAhead(window_bytes_max)
+            fetcher = Fetcher(nursery, lake_io, index, residency, readahead, ahead_flights_max)
+            lister = Lister(nursery, lake_io, index, committer, Freshness(ttl_s, immutable), send)
+            if with_tiers:
+                await restore(residency, index, committer, disk_engine)
+            parts = (lake, lake_io, index, committer, residency, fetcher, lister, lake_engine, disk_engine)
+            yield Cache(path, *parts, nursery, receive)
+            nursery.cancel_scope.cancel()
+    finally:
+        lake_engine.stop()
+        disk_engine.stop()
+        index.close()
+        for channel in (send, receive):
+            channel.close()
+
+
+def bodies(sizes: Mapping[str, int]) -> dict[str, bytes]:
+    """Return a random body for each key, of the sizes asked for. The same for the same sizes."""
+    return {key: _body(key, size) for key, size in sizes.items()}
+
+
+@lru_cache(100)
+def _body(key: str, size_bytes: int) -> bytes:
+    return random.Random(f"{key} {size_bytes}").randbytes(size_bytes)
