@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Flight:
     mask: int
     landed: trio.Event = field(default_factory=trio.Event)
     error: SluiceError | None = None
+    demanded: trio.Event = field(default_factory=trio.Event)  # A reader waits for it.
 
 
 class Fetcher:
@@ -123,6 +125,8 @@ class Fetcher:
             for flight in self._flights.get(key, []):
                 if flight.mask & missing:
                     joined.append(flight)
+                    if demand:
+                        flight.demanded.set()
                     missing &= ~flight.mask
             while missing:
                 run = _lowest_run(missing)
@@ -132,17 +136,20 @@ class Fetcher:
 
     def _start(self, version: ObjectVersion, key: FlightKey, mask: int, demand: bool) -> Flight:
         flight = Flight(mask)
+        if demand:
+            flight.demanded.set()
         self._flights.setdefault(key, []).append(flight)
-        self._nursery.start_soon(self._fly, version, key, flight, demand)
+        self._nursery.start_soon(self._fly, version, key, flight)
         return flight
 
-    async def _fly(self, version: ObjectVersion, key: FlightKey, flight: Flight, demand: bool) -> None:
+    async def _fly(self, version: ObjectVersion, key: FlightKey, flight: Flight) -> None:
         try:
-            if demand:
-                await self._fill(version, key[1], flight.mask, demand=True)
-            else:
-                async with self._ahead_slots:
-                    await self._fill(version, key[1], flight.mask, demand=False)
+            holds_slot = await self._get_slot(flight)
+            try:
+                await self._fill(version, key[1], flight.mask, demand=not holds_slot)
+            finally:
+                if holds_slot:
+                    self._ahead_slots.release_on_behalf_of(flight)
         except SluiceError as error:
             flight.error = error
             if isinstance(error, CacheError) and not isinstance(error, CacheFull):
@@ -158,6 +165,26 @@ class Fetcher:
             if not self._flights[key]:
                 del self._flights[key]
             flight.landed.set()
+
+    async def _get_slot(self, flight: Flight) -> bool:
+        """Wait for one of the read-ahead's slots, unless a reader wants the flight; return whether got."""
+        if flight.demanded.is_set():
+            return False
+        with contextlib.suppress(trio.WouldBlock):
+            self._ahead_slots.acquire_on_behalf_of_nowait(flight)
+            return True
+
+        async def stop_waiting() -> None:
+            await flight.demanded.wait()
+            nursery.cancel_scope.cancel()
+
+        got = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop_waiting)
+            await self._ahead_slots.acquire_on_behalf_of(flight)
+            got = True
+            nursery.cancel_scope.cancel()
+        return got
 
     async def _fill(self, version: ObjectVersion, group: GroupIndex, mask: int, *, demand: bool) -> None:
         first = (mask & -mask).bit_length() - 1 + group * GROUP_BLOCKS

@@ -38,6 +38,7 @@ class LakeIO:
         self._counting = threading.Lock()
         self.retries = 0
         self.failing_since_s: float | None = None
+        self.has_given_up = False  # A request used its retries up, and none has succeeded since.
         self._warned_at_s = -_WARN_EVERY_S
 
     async def list_page(self, prefix: str, token: str | None, keys_max: int = 1000) -> ListPage:
@@ -93,6 +94,7 @@ class LakeIO:
             return
         if self.failing_since_s is None:
             self.failing_since_s = now_s
+        self.has_given_up = self.has_given_up or delay_s is None
         if now_s - self._warned_at_s >= _WARN_EVERY_S:
             self._warned_at_s = now_s
             next_step = "given up" if delay_s is None else f"next try in {delay_s:.1f} s"
@@ -102,3 +104,4 @@ class LakeIO:
         if self.failing_since_s is not None:
             log.info("lake: answers again after %.0f s", time.monotonic() - self.failing_since_s)
             self.failing_since_s = None
+            self.has_given_up = False

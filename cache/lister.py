@@ -71,10 +71,30 @@ class Lister:
     async def list_directory(self, inode: Inode) -> None:
         """Return when the index holds the directory's fresh listing. Raises LakeError.
 
-        Whoever reads a directory soon after its parent walks the tree: the next siblings are
-        then listed ahead.
+        While the lake is away, the last listing counts. Whoever reads a directory soon after its
+        parent walks the tree: the next siblings are then listed ahead.
         """
         self._note_walk(inode)
+        is_known = self._index.directory(inode) is not None
+        if is_known and self._answers_for_the_lake(inode):
+            return
+        try:
+            await self._list_fresh(inode)
+        except LakeUnavailable:
+            if not is_known:
+                raise
+
+    def _answers_for_the_lake(self, inode: Inode) -> bool:
+        """Return whether the index has to do for now, and keep asking the lake if so.
+
+        Once a request has used its retries up, nobody else should wait as long for nothing.
+        """
+        if not self._lake.has_given_up or self._is_listed(inode):
+            return False
+        self._flight(inode)  # It ends when the lake is back, or gives up too; nobody waits for it.
+        return True
+
+    async def _list_fresh(self, inode: Inode) -> None:
         while not self._is_listed(inode):
             flight = self._flight(inode)
             flight.wanted_whole.set()
@@ -91,8 +111,21 @@ class Lister:
     async def lookup(self, parent: Inode, name: bytes) -> bool:
         """Make the index say what *name* is now; return whether there is such an entry.
 
-        Asks for the whole directory where that is one request or so, else for the one key.
+        While the lake is away, what it said last counts. Raises LakeError.
         """
+        known = self._index.child(parent, name)
+        is_known = known is not None or self._index.directory(parent) is not None
+        if is_known and self._answers_for_the_lake(parent):
+            return known is not None
+        try:
+            return await self._lookup_fresh(parent, name)
+        except LakeUnavailable:
+            if not is_known:
+                raise
+            return known is not None
+
+    async def _lookup_fresh(self, parent: Inode, name: bytes) -> bool:
+        """Ask for the whole directory where that is one request or so, else for the one key."""
         state = self._index.directory(parent)
         if self._is_listed(parent):
             return self._index.child(parent, name) is not None

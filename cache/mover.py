@@ -18,9 +18,9 @@ from cache.committer import Committer
 from cache.config import MountConfig
 from cache.counters import Counters
 from cache.engine import Engine
-from cache.errors import ObjectChanged, ObjectMissing, SluiceError
+from cache.errors import CacheError, ObjectChanged, ObjectMissing, SluiceError
 from cache.fetcher import Fetcher
-from cache.index import Index
+from cache.index import Index, remove_index
 from cache.lake.open import open_lake
 from cache.lake_io import LakeIO
 from cache.lister import Lister
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 _DISK_THREADS = 6
 _LIST_THREADS = 12
-_AHEAD_FLIGHTS_MAX = 10  # Of at most 8 MiB each: what read-ahead takes of the mover's memory.
-_AHEAD_WINDOW_BYTES_MAX = 96 * MIB  # What one sequential reader has under way at most.
+_AHEAD_FLIGHTS_MAX = 8  # Of at most 8 MiB each: what read-ahead takes of the mover's memory.
+_AHEAD_WINDOW_BYTES_MAX = 80 * MIB  # What one sequential reader has under way at most.
 _SAVE_USAGE_EVERY_S = 30.0
 
 
@@ -141,11 +141,27 @@ def make_tiers(config: MountConfig, plans: list[TierPlan]) -> list[Tier]:
     ]
 
 
+def open_index(directory: Path, *, may_rebuild: bool) -> Index:
+    """Open the index; one that is corrupt is made anew, since all in it can be had again."""
+    try:
+        return Index(directory)
+    except CacheError as error:
+        if not may_rebuild:
+            raise
+        log.error("%s; it is made anew, and the cached files are verified", error)
+        remove_index(directory)
+        return Index(directory)
+
+
 Serve = Callable[[Mover, trio.MemoryReceiveChannel[Changed]], Awaitable[Any]]
 
 
-async def run_mover(config: MountConfig, plans: list[TierPlan], counters: Counters, serve: Serve) -> None:
+async def run_mover(
+    config: MountConfig, plans: list[TierPlan], counters: Counters, serve: Serve, *, first: bool
+) -> None:
     """Open lake and index, make the cache ready, and run *serve* until it returns.
+
+    *first*: the mount is not there yet, so nobody has the index or a file open.
 
     Raises SluiceError when the lake or the cache can't be used. *serve* is started when
     requests can be answered; when it returns, everything is saved.
@@ -153,10 +169,12 @@ async def run_mover(config: MountConfig, plans: list[TierPlan], counters: Counte
     lake_engine = Engine("lake", config.fetch_threads + _LIST_THREADS, reserved=4)
     disk_engine = Engine("disk", _DISK_THREADS, reserved=2)
     lake = open_lake(config.lake)
-    index = Index(config.index_directory)
+    index = open_index(config.index_directory, may_rebuild=first)
     committer = Committer(index)
     with index.write() as writer:
         writer.add_root()
+        if first:
+            writer.sweep_detached()
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
     residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine)

@@ -193,9 +193,10 @@ class Residency:
         if await self._settled(vid):
             return
         with self.busy(vid):
-            place, charged = self._place(version.size_bytes), charge(version.size_bytes)
-            await self.reserve(place, charged)
+            place = self._place(version.size_bytes)
             files = self.tiers[place].files
+            charged = files.whole_bytes(version.size_bytes)
+            await self.reserve(place, charged)
             try:
                 checksums = await self._lake_engine.run(
                     lambda: files.land_whole(version, vid, get()), demand=demand
@@ -262,15 +263,18 @@ class Residency:
         assert len(checksums) == block_count(version.size_bytes)
         # A worker that looks between rename and commit finds a row that says partial, misses
         # the file, and looks again.
+        charged = 0
         try:
+            await self.reserve(state.tier, tier.files.label_bytes)
+            charged = tier.files.label_bytes
             await self._disk_engine.run(lambda: tier.files.make_whole(version, vid, checksums))
             await self._committer.commit(lambda w: change(w, vid, whole=True))
         except CacheError as error:  # All of it is there, and can be read as it is.
             log.warning("%s stays a sparse file: %s", version.key, error)
+            tier.budget.give_back(charged)
             await self._disk_engine.run(lambda: tier.files.make_sparse(vid))
             self._sparse[vid] = state
             return
-        charged = 0
         for group, _ in groups:
             item = ItemId(group_key(vid, group))
             charged += tier.policy.size_of(item) or 0
@@ -350,7 +354,18 @@ class Residency:
         victims = tier.policy.victims(need_bytes, self._busy)
         if tier.files.is_memory:
             return await self._demote(place, victims) > 0
-        return await self.evict(place, victims) > 0
+        return await self.evict(place, victims) > 0 or await self._drop_unverified(place)
+
+    async def _drop_unverified(self, place: int) -> bool:
+        """Give up a file found without a row and not yet verified; return whether there was one."""
+        vid = next((vid for vid, (where, _) in self._unverified.items() if where == place), None)
+        if vid is None:
+            return False
+        _, charged = self._unverified.pop(vid)
+        with self._moved([vid]):
+            await self._disk_engine.run(lambda: _remove(self.tiers[place].files, vid))
+            self.tiers[place].budget.give_back(charged)
+        return True
 
     async def evict(self, place: int, items: list[ItemId]) -> int:
         """Drop *items* from a tier; return the bytes that came free. Skips what is busy."""
@@ -427,7 +442,8 @@ class Residency:
             charged = sum(sizes.values())
             target_place = self._emptiest_disk(charged)
             target = self.tiers[target_place]
-            await self.reserve(target_place, charged)
+            label_bytes = target.files.label_bytes if row.whole else 0
+            await self.reserve(target_place, charged + label_bytes)
             try:
                 await self._disk_engine.run(
                     lambda: target.files.copy_from(source.files, row, vid, groups), demand=False
@@ -436,14 +452,14 @@ class Residency:
             except BaseException as error:
                 if isinstance(error, CacheError):
                     await self._disk_engine.run(lambda: _remove(target.files, vid), demand=False)
-                target.budget.give_back(charged)
+                target.budget.give_back(charged + label_bytes)
                 raise
             if vid in self._sparse:
                 self._sparse[vid].tier = target_place
             await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
                 source.policy.removed(item)
-                target.policy.added(item, size_bytes, used=True)
+                target.policy.added(item, size_bytes + label_bytes, used=True)
             source.budget.give_back(charged)
         self.demoted_bytes += charged
         return charged

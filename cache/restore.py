@@ -18,7 +18,7 @@ from cache.engine import Engine
 from cache.index import Index, IndexWriter
 from cache.model import GROUP_BLOCKS, GroupIndex, VersionId, block_count
 from cache.policy.eviction import ItemId
-from cache.records import Group, VersionRow, charge, group_key
+from cache.records import Group, VersionRow, group_key
 from cache.residency import Residency, Sparse, Tier
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _take_in(residency: Residency, index: Index, rows: Rows) -> list[VersionId]:
     over: list[VersionId] = []
     kept: list[tuple[VersionId, VersionRow, dict[ItemId, int]]] = []
     for vid, row in sorted(rows.items(), key=lambda pair: pair[1].last_used_s, reverse=True):
-        sizes = _sizes(index, vid, row)
+        sizes = _sizes(residency.tiers, index, vid, row)
         budget = residency.tiers[row.tier].budget
         if sum(sizes.values()) > budget.room_bytes:
             over.append(vid)
@@ -121,9 +121,9 @@ def _take_in(residency: Residency, index: Index, rows: Rows) -> list[VersionId]:
     return over
 
 
-def _sizes(index: Index, vid: VersionId, row: VersionRow) -> dict[ItemId, int]:
+def _sizes(tiers: list[Tier], index: Index, vid: VersionId, row: VersionRow) -> dict[ItemId, int]:
     if row.whole:
-        return {ItemId(vid): charge(row.size_bytes)}
+        return {ItemId(vid): tiers[row.tier].files.whole_bytes(row.size_bytes)}
     return {
         ItemId(group_key(vid, number)): group.charged_bytes(number, row.size_bytes)
         for number, group in index.groups_of(vid)
@@ -133,7 +133,7 @@ def _sizes(index: Index, vid: VersionId, row: VersionRow) -> dict[ItemId, int]:
 async def _punch_excess(tiers: list[Tier], index: Index, rows: Rows, found: Found, engine: Engine) -> None:
     """Give back what was written to sparse files and never committed: nobody charged it."""
     for vid, row in rows.items():
-        charged = sum(_sizes(index, vid, row).values())
+        charged = sum(_sizes(tiers, index, vid, row).values())
         if row.whole or found.disk_bytes[vid][row.tier] <= charged:
             continue
         for blocks in _absent_runs(index.groups_of(vid), block_count(row.size_bytes)):

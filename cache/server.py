@@ -33,8 +33,10 @@ _RECEIVE_BYTES = 256 << 10
 class WorkerConnections:
     """Serves every worker's connection; one task for each request under way."""
 
-    def __init__(self, mover: Mover) -> None:
+    def __init__(self, mover: Mover, nursery: trio.Nursery) -> None:
+        """*nursery*: where requests are carried out, to their end even if their worker dies."""
         self._mover = mover
+        self._nursery = nursery
         self._connections: list[WorkerConnection] = []
 
     @property
@@ -43,7 +45,7 @@ class WorkerConnections:
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection until the worker closes it."""
-        connection = WorkerConnection(stream, self._mover)
+        connection = WorkerConnection(stream, self._mover, self._nursery)
         self._connections.append(connection)
         try:
             await connection.run()
@@ -64,8 +66,9 @@ class WorkerConnections:
 
 
 class WorkerConnection:
-    def __init__(self, stream: trio.SocketStream, mover: Mover) -> None:
+    def __init__(self, stream: trio.SocketStream, mover: Mover, requests: trio.Nursery) -> None:
         self._stream = stream
+        self._requests = requests
         self._mover = mover
         self._out = bytearray()
         self._wake = trio.Event()
@@ -76,7 +79,7 @@ class WorkerConnection:
             reader = messages.FrameReader()
             while chunk := await self._stream.receive_some(_RECEIVE_BYTES):
                 for packed in reader.feed(chunk):
-                    nursery.start_soon(self._answer, messages.decode_asked(packed))
+                    self._requests.start_soon(self._answer, messages.decode_asked(packed))
             nursery.cancel_scope.cancel()
 
     async def send(self, message: messages.FromMover) -> None:
@@ -163,12 +166,13 @@ async def serve_mover(
     listeners: Listeners,
     features: dict[str, Any],
     on_ready: Callable[[Mover, WorkerConnections], Awaitable[None]],
+    first: bool,
 ) -> None:
     """Run the mover with its sockets until *on_ready* returns; then move DRAM's content to NVMe."""
 
     async def serve(mover: Mover, changes: trio.MemoryReceiveChannel[Changed]) -> None:
         async with trio.open_nursery() as nursery:
-            connections = WorkerConnections(mover)
+            connections = WorkerConnections(mover, nursery)
             admin = Admin(mover, features, os.getppid() if config.workers else os.getpid())
             nursery.start_soon(connections.tell_changes, changes)
             nursery.start_soon(_accept, nursery, listeners.workers, connections.serve)
@@ -178,7 +182,7 @@ async def serve_mover(
                 pass
             nursery.cancel_scope.cancel()
 
-    await run_mover(config, plans, counters, serve)
+    await run_mover(config, plans, counters, serve, first=first)
 
 
 async def _accept(

@@ -23,7 +23,7 @@ import xxhash
 
 from cache.errors import BlockCorrupt, CacheError, CacheFull
 from cache.model import BLOCK_BYTES, GROUP_BYTES, GroupIndex, ObjectVersion, VersionId
-from cache.records import Group, VersionRow, block_checksums
+from cache.records import PAGE_BYTES, Group, VersionRow, block_checksums, charge
 
 _XATTR = "user.sluice.version"  # msgpack [key, etag, size, xxh3_128 of the block checksums]
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -56,6 +56,15 @@ class TierFiles:
                     os.makedirs(f"{folder}/{i:02x}", exist_ok=True)
         except OSError as error:
             raise CacheError(f"{self.path}: {error.strerror}") from error
+
+    @property
+    def label_bytes(self) -> int:
+        """What a whole file's label takes on disk: ext4 gives it a block of its own."""
+        return 0 if self.is_memory else PAGE_BYTES
+
+    def whole_bytes(self, size_bytes: int) -> int:
+        """Return what a whole object of *size_bytes* is charged here."""
+        return charge(size_bytes) + self.label_bytes
 
     def object_path(self, vid: bytes) -> str:
         name = vid.hex()

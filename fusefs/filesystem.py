@@ -137,9 +137,12 @@ class Filesystem:
         start, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, node.size_bytes)
         body = await self._pread(row, node.vid, start, end - start)
         if body is None:
+            if not row.whole and os.path.exists(self._tiers[row.tier].object_path(node.vid)):
+                return None  # Made whole: the file is renamed before the index says so.
+            await self._drop_bad(node, row, groups, rows, "is gone from the tier")
             return None
         if block_checksums(body) != expected:
-            await self._note_mismatch(node, groups, rows)
+            await self._drop_bad(node, row, groups, rows, "does not match its checksum")
             return None
         tier = self._tiers[row.tier]
         source = "bytes_dram" if tier.is_memory else "bytes_nvme"
@@ -166,14 +169,18 @@ class Filesystem:
         finally:
             os.close(fd)
 
-    async def _note_mismatch(self, node: Node, groups: range, seen: list[Group | None]) -> None:
+    async def _drop_bad(
+        self, node: Node, row: VersionRow, groups: range, seen: list[Group | None], how: str
+    ) -> None:
         """Tell a block that left while it was read from one that went bad, and have that dropped."""
-        _, now = self._index.residence(node.vid, groups)
+        row_now, now = self._index.residence(node.vid, groups)
+        if row_now is None or (row_now.tier, row_now.whole) != (row.tier, row.whole):
+            return
         for before, after in zip(seen, now, strict=True):
             if after is None or before is None or after.generation != before.generation:
                 return
         self._counters.add("corrupt_blocks")
-        log.error("%s: a cached block of it does not match its checksum: dropped", os.fsdecode(node.name))
+        log.error("%s: a cached block of it %s: dropped, fetched again", os.fsdecode(node.name), how)
         for group in groups:
             await self._mover.ask(Corrupt(node.vid, group))
 

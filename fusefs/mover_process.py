@@ -85,7 +85,7 @@ def run(
         await _wait_for_the_end(supervisor, workers)
 
     try:
-        trio.run(serve_mover, config, plans, counters, listeners, features, until_stopped)
+        trio.run(serve_mover, config, plans, counters, listeners, features, until_stopped, first)
         return 0
     except BaseException as caught:
         error = _innermost(caught)

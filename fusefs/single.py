@@ -47,7 +47,7 @@ def run(
             nursery.cancel_scope.cancel()
 
     try:
-        trio.run(serve_mover, config, plans, counters, listeners, features, serve)
+        trio.run(serve_mover, config, plans, counters, listeners, features, serve, True)
     except BaseExceptionGroup as group:
         matched = group.subgroup(SluiceError)
         while isinstance(matched, BaseExceptionGroup):
