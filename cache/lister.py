@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cache.committer import Committer
-from cache.errors import ObjectMissing, SluiceError
+from cache.errors import LakeUnavailable, ObjectMissing, SluiceError
 from cache.index import Index, IndexWriter
 from cache.lake.base import ListPage
 from cache.lake_io import LakeIO

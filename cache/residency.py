@@ -41,7 +41,8 @@ _EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some f
 _EVICT_SHARE_MAX = 64  # but no more than this part of the tier.
 _DEMOTERS = 4
 _DRAIN_STEP = 256  # Items between two reports of progress.
-_GUARD_EVERY_BYTES = 64 * MIB  # The free-space guard asks the disk again after so many.
+_GUARD_EVERY_BYTES = 64 * MIB  # The free-space guard asks the disk again after so many at most,
+_GUARD_SHARE = 16  # and after this share of the space that it guards: so much it may be off.
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Residency:
         if tier.budget.room_bytes < charged_bytes:
             return False
         tier.unguarded_bytes += charged_bytes
-        if tier.unguarded_bytes < _GUARD_EVERY_BYTES:
+        if tier.unguarded_bytes < min(_GUARD_EVERY_BYTES, tier.free_min_bytes // _GUARD_SHARE):
             return True
         if self._guard_shortfall(tier) > 0:
             return False

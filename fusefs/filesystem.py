@@ -137,9 +137,8 @@ class Filesystem:
         start, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, node.size_bytes)
         body = await self._pread(row, node.vid, start, end - start)
         if body is None:
-            if not row.whole and os.path.exists(self._tiers[row.tier].object_path(node.vid)):
-                return None  # Made whole: the file is renamed before the index says so.
-            await self._drop_bad(node, row, groups, rows, "is gone from the tier")
+            if not self._is_being_made_whole(row, node.vid):
+                await self._drop_bad(node, row, groups, rows, "is gone from the tier")
             return None
         if block_checksums(body) != expected:
             await self._drop_bad(node, row, groups, rows, "does not match its checksum")
@@ -168,6 +167,10 @@ class Filesystem:
             return b""  # Fails the checksum, so the mover drops it.
         finally:
             os.close(fd)
+
+    def _is_being_made_whole(self, row: VersionRow, vid: bytes) -> bool:
+        """Return whether a sparse file is under objects/ by now: it moves before the index says so."""
+        return not row.whole and os.path.exists(self._tiers[row.tier].object_path(vid))
 
     async def _drop_bad(
         self, node: Node, row: VersionRow, groups: range, seen: list[Group | None], how: str

@@ -90,7 +90,7 @@ def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
                 return single.run(config, plans, mount.counters, listeners, features, store, announce)
             return _run(mount, announce)
     finally:
-        tiers.take_down(config)
+        tiers.take_down(config, store)
         store.release()
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
@@ -124,6 +124,10 @@ def _note_features(mount: Mount) -> None:
         "reason": NO_CHANNEL or f"--workers {mount.config.workers}",
     }
     mount.features["no_open"] = channel.no_open_feature(mount.config, NO_CHANNEL)
+    mount.features["kernel_read_ahead"] = {
+        "on": os.geteuid() == 0,
+        "reason": f"{READ_AHEAD_KIB} KiB" if os.geteuid() == 0 else "128 KiB: more needs root",
+    }
     mount.features["passthrough"] = {"on": False, "reason": "not in this version"}
 
 
@@ -220,10 +224,6 @@ def _watch(mount: Mount) -> None:
     """Replace what dies, until the mount is gone or somebody wants us to stop."""
     if failure := device.set_read_ahead(mount.config.mountpoint, READ_AHEAD_KIB):
         log.info("the kernel reads ahead 128 KiB only: %s", failure)
-    mount.features["kernel_read_ahead"] = {
-        "on": failure is None,
-        "reason": failure or f"{READ_AHEAD_KIB} KiB",
-    }
     while not mount.unmounted:
         due = [child.due_s for child in mount.children if child.due_s is not None]
         wait_s = max(0.01, min(due) - time.monotonic()) if due else 3600.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from cache.config import MountConfig
@@ -32,8 +33,9 @@ def lay_out(config: MountConfig, store: CacheStore, features: dict[str, dict[str
     return plans
 
 
-def take_down(config: MountConfig) -> None:
-    """Unmount the DRAM tier's tmpfs, if it is one of ours."""
+def take_down(config: MountConfig, store: CacheStore) -> None:
+    """Give the DRAM tier's memory back: what it held has moved to NVMe, as far as it fitted."""
+    shutil.rmtree(_shared_directory(store), ignore_errors=True)
     path = config.index_directory / "dram"
     if os.path.ismount(path):
         try:
@@ -49,11 +51,15 @@ def _memory_directory(config: MountConfig, store: CacheStore) -> tuple[Path, str
     failure = "not root" if os.geteuid() else device.mount_tmpfs(path, _with_slack(config.dram_bytes))
     if failure is None:
         return path, f"tmpfs at {path}"
-    shared = Path(f"/dev/shm/sluice-{os.geteuid()}-{store.id}")
+    shared = _shared_directory(store)
     shared.mkdir(mode=0o700, exist_ok=True)
     if shared.stat().st_uid != os.geteuid():
         raise UsageError(f"{shared}: belongs to another user; remove it, or give --dram 0")
     return shared, f"{shared} ({failure})"
+
+
+def _shared_directory(store: CacheStore) -> Path:
+    return Path(f"/dev/shm/sluice-{os.geteuid()}-{store.id}")
 
 
 def _with_slack(size_bytes: int) -> int:

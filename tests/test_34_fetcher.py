@@ -22,7 +22,7 @@ from cache.errors import (
 )
 from cache.lake.base import Body
 from cache.model import BLOCK_BYTES, FETCH_BLOCKS, GROUP_BYTES, KIB, MIB, ObjectVersion
-from cache.records import block_checksums, charge
+from cache.records import block_checksums
 from tests.wiring import NO_RETRY, Cache, TierSpec, WatchedLake, bodies, open_cache
 
 SMALL = 300 * KIB + 11
@@ -50,6 +50,11 @@ def used_bytes(cache: Cache) -> list[int]:
     return [tier.budget.used_bytes for tier in cache.residency.tiers]
 
 
+def whole_bytes(cache: Cache, size_bytes: int) -> int:
+    """Return what a whole object of that size is charged on the first tier."""
+    return cache.residency.tiers[0].files.whole_bytes(size_bytes)
+
+
 async def test_a_small_object_is_fetched_whole_by_one_get(tmp_path: Path) -> None:
     lake, versions, content = lake_of(a=SMALL)
     async with open_cache(tmp_path, lake) as cache:
@@ -58,7 +63,7 @@ async def test_a_small_object_is_fetched_whole_by_one_get(tmp_path: Path) -> Non
         assert lake.gets == [("a", 0, SMALL)]
         await cache.fetch(versions["a"])
         assert lake.requests["get"] == 1
-        assert used_bytes(cache) == [charge(SMALL)]
+        assert used_bytes(cache) == [whole_bytes(cache, SMALL)]
         assert cache.lake_io.bytes_fetched == SMALL
 
 
@@ -232,6 +237,57 @@ async def test_the_first_read_waits_for_its_own_unit_and_not_for_the_read_ahead(
         assert len(lake.gets) > 1
 
 
+async def test_a_read_ahead_that_a_reader_joins_overtakes_the_slots(tmp_path: Path) -> None:
+    """It was queued for a slot; who waits for it now must not wait for the others in the queue."""
+    lake, versions, content = lake_of(big=LARGE)
+    version, far = versions["big"], GROUP_BYTES
+    async with open_cache(tmp_path, lake, ahead_flights_max=1) as cache:
+        async with cache.fetcher._ahead_slots:
+            cache.fetcher._join(version, range(far // BLOCK_BYTES, 2 * far // BLOCK_BYTES), demand=False)
+            cache.fetcher._join(version, range(far // BLOCK_BYTES), demand=False)
+            await wait_all_tasks_blocked()
+            assert lake.gets == [] and cache.fetcher.flights_under_way == 2
+            with trio.fail_after(30):
+                await cache.fetcher._await_all(cache.fetcher._join(version, range(1), demand=True))
+            assert lake.gets == [("big", 0, GROUP_BYTES)]
+            assert cache.cached_bytes(version, 0, GROUP_BYTES) == content["big"][:GROUP_BYTES]
+            assert cache.fetcher.flights_under_way == 1
+            assert cache.fetcher._ahead_slots.borrowed_tokens == 1  # Only the test's own.
+        await cache.idle()
+        assert lake.gets[1:] == [("big", far, GROUP_BYTES)]
+        assert cache.fetcher._ahead_slots.borrowed_tokens == 0
+
+
+async def test_a_queued_read_ahead_that_another_read_ahead_joins_keeps_waiting(tmp_path: Path) -> None:
+    lake, versions, _ = lake_of(big=LARGE)
+    async with open_cache(tmp_path, lake, ahead_flights_max=1) as cache:
+        async with cache.fetcher._ahead_slots:
+            for _ in range(2):
+                cache.fetcher._join(versions["big"], range(8), demand=False)
+            await wait_all_tasks_blocked()
+            assert lake.gets == [] and cache.fetcher.flights_under_way == 1
+        await cache.idle()
+        assert len(lake.gets) == 1
+
+
+async def test_a_read_ahead_that_holds_its_slot_gives_it_back_whoever_joined_and_however_it_ends(
+    tmp_path: Path,
+) -> None:
+    lake, versions, _ = lake_of(big=LARGE)
+    gate = lake.hold("get")
+    failing(lake, iter([ObjectMissing("gone")]))
+    async with open_cache(tmp_path, lake, ahead_flights_max=1) as cache:
+        cache.fetcher._join(versions["big"], range(8), demand=False)
+        await lake.met("get")
+        flights = cache.fetcher._join(versions["big"], range(8), demand=True)
+        assert cache.fetcher.flights_under_way == 1
+        assert cache.fetcher._ahead_slots.borrowed_tokens == 1
+        gate.set()
+        with pytest.raises(ObjectMissing):
+            await cache.fetcher._await_all(flights)
+        assert cache.fetcher._ahead_slots.borrowed_tokens == 0
+
+
 async def test_reading_on_makes_a_large_object_whole(tmp_path: Path) -> None:
     lake, versions, content = lake_of(big=LARGE)
     version = versions["big"]
@@ -241,7 +297,7 @@ async def test_reading_on_makes_a_large_object_whole(tmp_path: Path) -> None:
             assert await read(cache, version, offset, length) == content["big"][offset : offset + length]
         await cache.idle()
         assert cache.resident_bytes(version) == content["big"]
-        assert used_bytes(cache) == [charge(LARGE)]
+        assert used_bytes(cache) == [whole_bytes(cache, LARGE)]
         assert cache.residency._sparse == {}
         checksums = [one for _, group in cache.index.groups_of(version.id) for one in group.checksums]
         assert checksums == block_checksums(content["big"])
@@ -311,7 +367,7 @@ async def test_a_tier_whose_room_is_all_in_flight_is_full_and_later_is_not(tmp_p
         await cache.fetch(versions["b"])
         assert cache.resident_bytes(versions["a"]) is None
         assert cache.resident_bytes(versions["b"]) == content["b"]
-        assert used_bytes(cache) == [charge(SMALL)]
+        assert used_bytes(cache) == [whole_bytes(cache, SMALL)]
 
 
 async def test_a_cache_that_cannot_store_is_a_cache_error_and_nothing_stays_charged(

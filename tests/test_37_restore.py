@@ -10,7 +10,6 @@ import pytest
 
 from cache.index import remove_index
 from cache.model import BLOCK_BYTES, GROUP_BYTES, KIB, MIB, ObjectVersion
-from cache.records import charge
 from tests.test_35_residency import check, stored
 from tests.wiring import Cache, TierSpec, WatchedLake, bodies, open_cache
 
@@ -181,7 +180,9 @@ async def test_without_its_index_a_cache_takes_its_whole_files_over(tmp_path: Pa
     remove_index(tmp_path)
     gets = lake.requests["get"]
     async with open_cache(tmp_path, lake, tiers=NVME) as cache:
-        assert used(cache)[0] >= sum(charge(len(content[f"k{i}"])) for i in range(6))
+        assert used(cache)[0] >= sum(
+            cache.residency.tiers[0].files.whole_bytes(len(content[f"k{i}"])) for i in range(6)
+        )
         assert await cache.residency.adopt_all() == 6
         for i in range(6):
             await cache.fetch(versions[f"k{i}"])

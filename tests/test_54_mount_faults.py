@@ -291,7 +291,7 @@ def test_the_free_space_guard_keeps_its_space_free(
             for i in range(70):
                 assert mount.read(f"d/{i:02d}") == content(MIB, seed=i)
                 status = os.statvfs(disk)
-                assert status.f_bavail * status.f_frsize >= 58 * MIB, i
+                assert status.f_bavail * status.f_frsize >= 55 * MIB, i
             assert mount.status()["tiers"][0]["objects"] > 10
         finally:
             mount.end()
