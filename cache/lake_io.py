@@ -45,12 +45,17 @@ class LakeIO:
         """Return one page, rolled up at "/". Raises LakeError once the retries are used up."""
 
         def call() -> ListPage:
+            self._count("list")
             return self.lake.list_page(prefix, delimiter=True, token=token, keys_max=keys_max)
 
         return await self.retrying("list", prefix, lambda: self._engine.run(call))
 
     async def head(self, key: str) -> ObjectInfo:
-        return await self.retrying("head", key, lambda: self._engine.run(lambda: self.lake.head(key)))
+        def call() -> ObjectInfo:
+            self._count("head")
+            return self.lake.head(key)
+
+        return await self.retrying("head", key, lambda: self._engine.run(call))
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run a blocking *call* in a lake thread, without retries."""
@@ -58,17 +63,21 @@ class LakeIO:
 
     def get(self, version: ObjectVersion, offset: int, length: int) -> Body:
         """Return the bytes of one GET, blocking. For use inside of `retrying`, in a thread."""
+        self._count("get")
         body = self.lake.get_range(version, offset, length)
         assert len(memoryview(body)) == length, (version, offset, length)
         with self._counting:
             self.bytes_fetched += length
         return body
 
+    def _count(self, verb: str) -> None:
+        with self._counting:
+            self.requests[verb] += 1
+
     async def retrying(self, verb: str, key: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """Return what *attempt* returns, trying again as the policy says."""
         started_s, tries = time.monotonic(), 0
         while True:
-            self.requests[verb] += 1
             try:
                 result = await attempt()
             except LakeError as error:

@@ -11,7 +11,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import trio
 
@@ -29,10 +28,11 @@ from cache.model import (
     VersionId,
     block_count,
 )
-from cache.policy.eviction import EvictionPolicy, ItemId
+from cache.places import Sparse, Tier
+from cache.policy.eviction import ItemId
 from cache.records import Group, VersionRow, charge, group_key
 from cache.rows import Usage, change, drop_items, group_of, put_blocks, put_usage, put_whole
-from cache.tier import TierBudget, TierFiles
+from cache.tier import TierFiles
 
 log = logging.getLogger(__name__)
 
@@ -41,33 +41,6 @@ _EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some f
 _EVICT_SHARE_MAX = 64  # but no more than this part of the tier.
 _DEMOTERS = 4
 _DRAIN_STEP = 256  # Items between two reports of progress.
-_GUARD_EVERY_BYTES = 64 * MIB  # The free-space guard asks the disk again after so many at most,
-_GUARD_SHARE = 16  # and after this share of the space that it guards: so much it may be off.
-
-
-@dataclass
-class Tier:
-    """A tier's files, budget and policy. *free_min_bytes* stays free on its disk."""
-
-    files: TierFiles
-    budget: TierBudget
-    policy: EvictionPolicy
-    free_min_bytes: int = 0
-    room_lock: trio.Lock = field(default_factory=trio.Lock)
-    unguarded_bytes: int = _GUARD_EVERY_BYTES
-
-    @property
-    def name(self) -> str:
-        return self.files.name
-
-
-@dataclass(slots=True)
-class Sparse:
-    """A version under partial/: how many of its blocks are there."""
-
-    version: ObjectVersion
-    tier: int
-    blocks_present: int = 0
 
 
 class Residency:
@@ -160,33 +133,17 @@ class Residency:
         tier = self.tiers[place]
         if charged_bytes > tier.budget.size_bytes:
             raise CacheFull(f"{tier.name}: {charged_bytes} bytes are more than the tier's size")
-        if self._has_room(tier, charged_bytes):  # No await from here to take().
+        if tier.has_room(charged_bytes):  # No await from here to take().
             tier.budget.take(charged_bytes)
             self._check_watermark()
             return
         async with tier.room_lock:
-            while not self._has_room(tier, charged_bytes):
-                need_bytes = max(charged_bytes - tier.budget.room_bytes, self._guard_shortfall(tier))
+            while not tier.has_room(charged_bytes):
+                need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
                 more_bytes = min(_EVICT_BYTES_MIN, tier.budget.size_bytes // _EVICT_SHARE_MAX)
                 if not await self._make_room(place, max(need_bytes, more_bytes)):
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.budget.take(charged_bytes)
-
-    def _has_room(self, tier: Tier, charged_bytes: int) -> bool:
-        if tier.budget.room_bytes < charged_bytes:
-            return False
-        tier.unguarded_bytes += charged_bytes
-        if tier.unguarded_bytes < min(_GUARD_EVERY_BYTES, tier.free_min_bytes // _GUARD_SHARE):
-            return True
-        if self._guard_shortfall(tier) > 0:
-            return False
-        tier.unguarded_bytes = 0
-        return True
-
-    @staticmethod
-    def _guard_shortfall(tier: Tier) -> int:
-        """Return how many bytes are missing to the space that stays free on the tier's disk."""
-        return tier.free_min_bytes - tier.files.free_bytes() if tier.free_min_bytes else 0
 
     async def fill_whole(self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool) -> None:
         """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError."""

@@ -49,9 +49,9 @@ class WorkerConnections:
         self._connections.append(connection)
         try:
             await connection.run()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # The worker died; its successor asks again.
-        except (ValueError, msgspec.MsgspecError):
+        except* (ValueError, msgspec.MsgspecError):
             log.exception("a worker sent what is no message; its connection is closed")
         finally:
             self._connections.remove(connection)
@@ -126,6 +126,9 @@ async def serve_control(admin: Admin, stream: trio.SocketStream) -> None:
             await _reply(stream, {"error": f"not a request: {error!r}"})
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
+        except Exception as error:  # The mover outlives any command.
+            log.exception("a command failed")
+            await _reply(stream, {"error": f"internal error: {type(error).__name__}: {error}; see the log"})
 
 
 async def _receive_line(stream: trio.SocketStream) -> bytes:

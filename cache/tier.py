@@ -120,6 +120,8 @@ class TierFiles:
         """Take `make_whole` back, as far as it got."""
         with _as_cache_errors(self.path), contextlib.suppress(FileNotFoundError):
             os.rename(self.object_path(vid), self.partial_path(vid))
+        with contextlib.suppress(OSError):  # There may be no label yet; its block is not charged.
+            os.removexattr(self.partial_path(vid), _XATTR)
 
     def punch(self, vid: bytes, blocks: range) -> None:
         """Give the disk space of *blocks* of a sparse file back. No file is no error."""

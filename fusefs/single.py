@@ -5,6 +5,7 @@ For debugging: one process to trace, profile and stop in. A crash ends the mount
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,8 @@ from fusefs import channel, device
 from fusefs.operations import Operations
 from fusefs.worker import equip
 
+log = logging.getLogger(__name__)
+
 
 def run(
     config: MountConfig,
@@ -40,9 +43,9 @@ def run(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
     async def serve(mover: Mover, _: WorkerConnections) -> None:
-        await mover.check_lake()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_unmount_on_signal, config)
+            nursery.start_soon(_end_on_signal, config, nursery.cancel_scope)
+            await mover.check_lake()
             await _serve_session(config, mover, counters, announce, no_open=bool(features["no_open"]["on"]))
             nursery.cancel_scope.cancel()
 
@@ -86,11 +89,14 @@ async def _announce_when(initialised: trio.Event, announce: Callable[[], None]) 
     announce()
 
 
-async def _unmount_on_signal(config: MountConfig) -> None:
+async def _end_on_signal(config: MountConfig, session: trio.CancelScope) -> None:
+    """Unmount on a signal, which ends the session; cut it off where files are open."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async for _ in signals:
             try:
                 await trio.to_thread.run_sync(device.unmount, config.mountpoint)
-            except OSError:
-                await trio.to_thread.run_sync(lambda: device.unmount(config.mountpoint, lazy=True))
-                return
+            except OSError as error:  # In use, or not mounted yet.
+                log.warning("%s: %s; detached, open files are cut off", config.mountpoint, error.strerror)
+                with suppress(OSError):
+                    await trio.to_thread.run_sync(lambda: device.unmount(config.mountpoint, lazy=True))
+                session.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -37,7 +38,8 @@ from fusefs.worker import run_worker  # noqa: E402
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 1024
-_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_SIGNALS = {signal.SIGCHLD, *_STOP_SIGNALS}
 _RESTART_S_MAX = 5.0
 _LIVED_LONG_S = 10.0
 
@@ -139,14 +141,33 @@ def _start_first_mover(mount: Mount) -> int:
         os.close(reading)
         _become_mover(mount, first=True, report=writing)
     os.close(writing)
-    with open(reading, "rb") as pipe:
-        line = pipe.read().decode(errors="replace")
+    try:
+        line = _await_report(reading)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)  # It may wait for the lake for long, and holds nothing yet.
+        os.waitpid(pid, 0)
+        raise
+    finally:
+        os.close(reading)
     if line == "ready":
         return pid
     os.waitpid(pid, 0)
     name, _, text = line.partition(" ")
     kind = getattr(errors, name, SluiceError) if name else SluiceError
     raise kind(text or "the mover died while it started; see the log")
+
+
+def _await_report(reading: int) -> str:
+    """Return all that comes through the pipe. Raises SluiceError when we are told to stop."""
+    received = b""
+    while True:
+        if select.select([reading], [], [], 0.1)[0]:
+            piece = os.read(reading, 4096)
+            if not piece:
+                return received.decode(errors="replace")
+            received += piece
+        elif signal.sigtimedwait(_STOP_SIGNALS, 0) is not None:
+            raise SluiceError("interrupted before the lake had answered")
 
 
 def _become_mover(mount: Mount, *, first: bool, report: int) -> NoReturn:
@@ -228,7 +249,7 @@ def _watch(mount: Mount) -> None:
         due = [child.due_s for child in mount.children if child.due_s is not None]
         wait_s = max(0.01, min(due) - time.monotonic()) if due else 3600.0
         received = signal.sigtimedwait(_SIGNALS, wait_s)
-        if received is not None and received.si_signo in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if received is not None and received.si_signo in _STOP_SIGNALS:
             log.info("signal %d: unmounting", received.si_signo)
             return
         _reap(mount)

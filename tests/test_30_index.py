@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cache.errors import CacheError, UsageError
-from cache.index import Index, remove_index
+from cache.index import Index, IndexWriter, remove_index
 from cache.model import KIND_DIRECTORY, KIND_FILE, ROOT_INODE, GroupIndex, Inode, ObjectVersion
 from cache.records import DirectoryState, Group, HiddenKey, Node, VersionRow
 
@@ -135,6 +136,98 @@ def test_an_exception_takes_all_of_a_transaction_back(index: Index) -> None:
         raise RuntimeError("halfway")
     assert index.child(ROOT_INODE, b"a") is None
     assert index.meta(b"lake") is None
+
+
+def changed_at(index: Index, inode: int = ROOT_INODE) -> int:
+    state = index.directory(inode)
+    assert state is not None
+    return state.changed_at_ns
+
+
+@pytest.fixture
+def listed(index: Index, monkeypatch: pytest.MonkeyPatch) -> Index:
+    """An index whose root was listed with a and b in it, under a clock that counts the calls."""
+    ticks = itertools.count(1000)
+    monkeypatch.setattr("cache.index.time.time_ns", lambda: next(ticks))
+    add(index, b"a", b"b")
+    with index.write() as w:
+        w.set_directory(ROOT_INODE, DirectoryState(1.0, 2, 1, 0.1, changed_at_ns=5))
+    return index
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.attach(file_node(b"new")),
+        lambda w: w.attach(file_node(b"a", etag="other")),
+        lambda w: w.attach(Node(ROOT_INODE, b"d", KIND_DIRECTORY)),
+        lambda w: w.detach(ROOT_INODE, b"a"),
+    ],
+    ids=["comes", "changes", "directory comes", "goes"],
+)
+def test_a_directory_changes_when_an_entry_comes_goes_or_shows_another_version(
+    listed: Index, change: Callable[[IndexWriter], object]
+) -> None:
+    with listed.write() as w:
+        change(w)
+    first = changed_at(listed)
+    assert first >= 1000
+    with listed.write() as w:
+        w.attach(file_node(b"once more"))
+    assert changed_at(listed) > first
+    state = listed.directory(ROOT_INODE)
+    assert state is not None and (state.listed_at_s, state.entries, state.pages) == (1.0, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: None,
+        lambda w: w.detach(ROOT_INODE, b"not there"),
+        lambda w: w.put_version(b"v" * 16, VersionRow(b"k", "e", 1, 0, True)),
+        lambda w: w.hide(ROOT_INODE, HiddenKey(b"k//", "why")),
+        lambda w: w.attach(file_node(b"elsewhere", parent=77)),
+        lambda w: w.sweep_detached(),
+    ],
+    ids=["nothing", "missing name", "residence", "hidden key", "another directory", "sweep"],
+)
+def test_a_directory_stays_unchanged_by_what_does_not_touch_its_entries(
+    listed: Index, change: Callable[[IndexWriter], object]
+) -> None:
+    with listed.write() as w:
+        change(w)
+    assert changed_at(listed) == 5
+
+
+def test_a_change_that_is_taken_back_is_none(listed: Index) -> None:
+    with pytest.raises(RuntimeError), listed.write() as w:
+        w.attach(file_node(b"new"))
+        raise RuntimeError("halfway")
+    assert changed_at(listed) == 5
+
+
+def test_a_listing_that_ends_with_its_changes_tells_of_them(listed: Index) -> None:
+    """The state is set after the entries, in the same transaction: the change still counts."""
+    with listed.write() as w:
+        w.attach(file_node(b"new"))
+        w.set_directory(ROOT_INODE, DirectoryState(9.0, 3, 1, 0.1, changed_at_ns=5))
+    assert changed_at(listed) >= 1000
+
+
+def test_a_directory_never_listed_gets_no_state_by_a_change(index: Index) -> None:
+    add(index, b"a")
+    assert index.directory(ROOT_INODE) is None
+
+
+def test_sweeping_leaves_no_state_of_what_it_forgets(listed: Index) -> None:
+    gone = add_directory(listed, b"gone")
+    add(listed, b"leaf", parent=gone)
+    with listed.write() as w:
+        w.set_directory(gone, DirectoryState(1.0, 1, 1, 0.1))
+        w.detach(ROOT_INODE, b"gone")
+    with listed.write() as w:
+        assert w.sweep_detached() == 2
+    assert listed.directory(gone) is None
 
 
 def test_hidden_keys_are_counted_and_cleared_by_directory(index: Index) -> None:

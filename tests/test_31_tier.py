@@ -158,6 +158,31 @@ def test_a_sparse_file_becomes_whole_with_a_label(disk: TierFiles) -> None:
     assert Path(disk.partial_path(LARGE.id)).read_bytes() == body
 
 
+def test_a_file_made_sparse_again_takes_its_label_back(disk: TierFiles) -> None:
+    version = ObjectVersion("dir/long enough for a block of its own" * 5, '"etag"', LARGE.size_bytes)
+    checksums = disk.land_blocks(version.id, 0, body_of(LARGE))
+    before = disk_bytes(disk.partial_path(version.id))
+    disk.make_whole(version, version.id, checksums)
+    assert disk_bytes(disk.object_path(version.id)) == before + disk.label_bytes
+    disk.make_sparse(version.id)
+    assert disk_bytes(disk.partial_path(version.id)) == before
+
+
+@pytest.mark.parametrize("size_bytes", [1, 4096, 4097, 3 * BLOCK_BYTES + 17])
+@pytest.mark.parametrize("key_bytes", [1, 30, 1024])
+def test_a_whole_object_takes_no_more_of_the_disk_than_it_is_charged(
+    disk: TierFiles, memory: TierFiles, size_bytes: int, key_bytes: int
+) -> None:
+    version = ObjectVersion("k" * key_bytes, '"etag"' * 5, size_bytes)
+    body = random.Random(size_bytes).randbytes(size_bytes)
+    for files in (disk, memory):
+        files.land_whole(version, version.id, body)
+        with open(files.object_path(version.id), "rb") as file:
+            os.fsync(file.fileno())
+        assert size_bytes <= disk_bytes(files.object_path(version.id)) <= files.whole_bytes(size_bytes)
+    assert disk.whole_bytes(size_bytes) - memory.whole_bytes(size_bytes) == disk.label_bytes == 4096
+
+
 def test_punching_gives_space_back_and_leaves_the_neighbours(disk: TierFiles) -> None:
     disk.land_blocks(LARGE.id, 0, body_of(LARGE))
     path = disk.partial_path(LARGE.id)

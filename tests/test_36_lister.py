@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Iterable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -49,9 +50,7 @@ def expire(cache: Cache, inode: Inode = ROOT_INODE) -> None:
     state = cache.index.directory(inode)
     if state is not None:
         with cache.index.write() as w:
-            w.set_directory(
-                inode, type(state)(state.listed_at_s - 3600, state.entries, state.pages, state.duration_s)
-            )
+            w.set_directory(inode, msgspec.structs.replace(state, listed_at_s=state.listed_at_s - 3600))
 
 
 async def listed_ahead(cache: Cache) -> None:
@@ -66,6 +65,61 @@ def hidden(cache: Cache) -> dict[str, str]:
     count, keys = cache.index.hidden(1000)
     assert count == len(keys)
     return {os.fsdecode(one.key): one.reason for one in keys}
+
+
+def changed_at(cache: Cache, inode: Inode = ROOT_INODE) -> int:
+    state = cache.index.directory(inode)
+    assert state is not None
+    return state.changed_at_ns
+
+
+@pytest.mark.parametrize("page_keys", [2, 1000])
+async def test_a_directory_is_changed_exactly_by_listings_that_show_something_else(
+    tmp_path: Path, page_keys: int
+) -> None:
+    lake = lake_with(["a", "b", "c", "d/x"], page_keys=page_keys)
+    async with open_cache(tmp_path, lake) as cache:
+
+        async def relisted() -> int:
+            expire(cache)
+            await cache.lister.list_directory(ROOT_INODE)
+            return changed_at(cache)
+
+        began_ns = time.time_ns()
+        await cache.lister.list_directory(ROOT_INODE)
+        seen = [changed_at(cache)]
+        assert began_ns <= seen[0] <= time.time_ns()
+        assert await relisted() == seen[-1]
+        for change in (
+            lambda: lake.put("a", b"another version"),
+            lambda: lake.put("new", b"x"),
+            lambda: lake.delete_many(["b"]),
+            lambda: lake.put("dir/", b""),
+            lambda: lake.delete_many(["d/x"]),
+        ):
+            change()
+            seen.append(await relisted())
+            assert seen[-1] > seen[-2]
+            assert await relisted() == seen[-1]
+        lake.put("dir/below", b"x")  # Another directory's entry.
+        assert await relisted() == seen[-1]
+
+
+async def test_a_directory_is_changed_by_a_lookup_that_finds_something_else(tmp_path: Path) -> None:
+    lake = lake_with(["a", "b"])
+    async with open_cache(tmp_path, lake) as cache:
+        await cache.lister.list_directory(ROOT_INODE)
+        before = changed_at(cache)
+        assert await cache.lister.refresh_entry(ROOT_INODE, b"a")
+        assert not await cache.lister.refresh_entry(ROOT_INODE, b"none")
+        assert changed_at(cache) == before
+        lake.put("a", b"another version")
+        assert await cache.lister.refresh_entry(ROOT_INODE, b"a")
+        then = changed_at(cache)
+        assert then > before
+        lake.delete_many(["b"])
+        assert not await cache.lister.refresh_entry(ROOT_INODE, b"b")
+        assert changed_at(cache) > then
 
 
 @pytest.mark.parametrize("page_keys", [1, 2, 3, 7, 1000])

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cache.index import remove_index
+from cache.errors import CacheError, CacheFull
+from cache.index import Index, remove_index
 from cache.model import BLOCK_BYTES, GROUP_BYTES, KIB, MIB, ObjectVersion
+from cache.mover import open_index
 from tests.test_35_residency import check, stored
 from tests.wiring import Cache, TierSpec, WatchedLake, bodies, open_cache
 
@@ -104,7 +106,7 @@ async def test_whole_files_without_rows_are_taken_over_and_sparse_ones_dropped(t
             w.remove_versions([versions["k2"].id, versions["large"].id])
     async with open_cache(tmp_path, lake, tiers=NVME) as cache:
         assert await cache.residency.adopt_all() == 1
-        await check(cache, content)
+        await check(cache, content, adopted=[versions["k2"].id])
         assert cache.resident_bytes(versions["k2"]) == content["k2"]
         assert cache.residency.place_of(versions["large"].id) is None
 
@@ -180,9 +182,7 @@ async def test_without_its_index_a_cache_takes_its_whole_files_over(tmp_path: Pa
     remove_index(tmp_path)
     gets = lake.requests["get"]
     async with open_cache(tmp_path, lake, tiers=NVME) as cache:
-        assert used(cache)[0] >= sum(
-            cache.residency.tiers[0].files.whole_bytes(len(content[f"k{i}"])) for i in range(6)
-        )
+        assert used(cache)[0] == sum(disk_bytes for *_, disk_bytes in stored(cache))
         assert await cache.residency.adopt_all() == 6
         for i in range(6):
             await cache.fetch(versions[f"k{i}"])
@@ -253,6 +253,134 @@ async def test_a_fetch_that_waited_while_its_file_was_taken_over_fetches_nothing
         await check(cache, content)
 
 
+async def lose_rows(tmp_path: Path, lake: WatchedLake, versions: list[ObjectVersion]) -> None:
+    """Fill a cache with *versions* and forget it."""
+    async with open_cache(tmp_path, lake, tiers=NVME) as cache:
+        for version in versions:
+            await cache.fetch(version)
+    remove_index(tmp_path)
+
+
+async def test_files_not_yet_verified_make_room_when_nothing_else_can_leave(tmp_path: Path) -> None:
+    lake, content = WatchedLake(), bodies({f"k{i}": MIB + i for i in range(4)})
+    versions = list(lake.fill(content).values())
+    await lose_rows(tmp_path, lake, versions[:3])
+    async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 3 * MIB + 64 * KIB),)) as cache:
+        files, policy = cache.residency.tiers[0].files, cache.residency.tiers[0].policy
+        before = dict(cache.residency._unverified)
+        assert len(before) == 3 and len(policy) == 0
+        await cache.fetch(versions[3])
+        assert cache.resident_bytes(versions[3]) == content["k3"]
+        (gone,) = before.keys() - cache.residency._unverified.keys()
+        assert gone not in {vid for _, vid, *_ in stored(cache)}
+        left = {vid: charged for vid, (_, charged) in cache.residency._unverified.items()}
+        assert used(cache) == [files.whole_bytes(MIB + 3) + sum(left.values())]
+        assert await cache.residency.adopt_all() == 2
+        await check(cache, content, adopted=left)
+        assert cache.index.version(gone) is None
+
+
+async def test_what_has_rows_leaves_before_files_not_yet_verified(tmp_path: Path) -> None:
+    lake, content = WatchedLake(), bodies({f"k{i}": MIB + i for i in range(4)})
+    versions = list(lake.fill(content).values())
+    await lose_rows(tmp_path, lake, versions[:2])
+    async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 3 * MIB + 64 * KIB),)) as cache:
+        unverified = set(cache.residency._unverified)
+        await cache.fetch(versions[2])
+        await cache.fetch(versions[3])
+        assert cache.residency.place_of(versions[2].id) is None
+        assert set(cache.residency._unverified) == unverified == {version.id for version in versions[:2]}
+        assert await cache.residency.adopt_all() == 2
+        await check(cache, content, adopted=unverified)
+
+
+async def test_only_the_tier_that_is_short_gives_its_unverified_files_up(tmp_path: Path) -> None:
+    lake, content = WatchedLake(), bodies({"k0": MIB})
+    versions = list(lake.fill(content).values())
+    await lose_rows(tmp_path, lake, versions)
+    tiers = (*NVME, TierSpec("nvme1", 8 * MIB))
+    async with open_cache(tmp_path, lake, tiers=tiers) as cache:
+        before = used(cache)
+        assert not await cache.residency._drop_unverified(1)
+        assert used(cache) == before and before[0] > 0
+        assert await cache.residency._drop_unverified(0)
+        assert not await cache.residency._drop_unverified(0)
+        assert used(cache) == [0, 0] and stored(cache) == []
+
+
+async def test_a_tier_full_of_unverified_files_that_all_leave_is_full_only_then(tmp_path: Path) -> None:
+    """The last one makes room too; what is larger than the tier still drives none of them out."""
+    lake, content = (
+        WatchedLake(),
+        bodies({f"k{i}": MIB for i in range(3)} | {"most": 3 * MIB, "more": 4 * MIB}),
+    )
+    versions = lake.fill(content)
+    await lose_rows(tmp_path, lake, [versions[f"k{i}"] for i in range(3)])
+    async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 3 * MIB + 64 * KIB),)) as cache:
+        with pytest.raises(CacheFull):
+            await cache.fetch(versions["more"])
+        assert len(cache.residency._unverified) == 3
+        await cache.fetch(versions["most"])
+        assert cache.residency._unverified == {}
+        await check(cache, content)
+
+
+CORRUPT_INDEXES = {
+    "text": b"not an index" * 10_000,
+    "zeros": bytes(1 << 16),
+    "short": b"x",
+    "torn": None,  # Its first pages are lost.
+}
+
+
+def corrupt_index(home: Path, damage: str) -> None:
+    path, body = home / "index.lmdb" / "data.mdb", CORRUPT_INDEXES[damage]
+    if body is None:
+        with path.open("r+b") as file:
+            file.seek(0)
+            file.write(b"\xff" * 4096 * 2)
+    else:
+        path.write_bytes(body)
+
+
+@pytest.mark.parametrize("damage", CORRUPT_INDEXES)
+async def test_a_corrupt_index_is_made_anew_and_the_files_are_taken_over(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    lake, versions, content = some()
+    async with open_cache(tmp_path, lake, tiers=NVME) as cache:
+        await fill(cache, versions)
+    corrupt_index(tmp_path, damage)
+    gets = lake.requests["get"]
+    async with open_cache(tmp_path, lake, tiers=NVME) as cache:
+        assert "it is made anew" in caplog.text
+        assert await cache.residency.adopt_all() == 6
+        await check(cache, content, adopted={version.id for version in versions.values()})
+        assert lake.requests["get"] == gets
+
+
+@pytest.mark.parametrize("damage", CORRUPT_INDEXES)
+def test_a_corrupt_index_that_others_may_have_open_is_an_error_and_stays(tmp_path: Path, damage: str) -> None:
+    Index(tmp_path).close()
+    corrupt_index(tmp_path, damage)
+    path = tmp_path / "index.lmdb" / "data.mdb"
+    before = path.read_bytes()
+    with pytest.raises(CacheError, match=r"index\.lmdb"):
+        open_index(tmp_path, may_rebuild=False)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("may_rebuild", [True, False])
+def test_a_good_index_is_opened_as_it_is(tmp_path: Path, may_rebuild: bool) -> None:
+    index = open_index(tmp_path, may_rebuild=may_rebuild)
+    with index.write() as w:
+        w.set_meta(b"lake", b"here")
+    index.close()
+    again = open_index(tmp_path, may_rebuild=may_rebuild)
+    assert again.meta(b"lake") == b"here"
+    again.close()
+
+
 async def test_a_tier_made_smaller_keeps_what_was_used_last(tmp_path: Path) -> None:
     lake, versions, content = some()
     async with open_cache(tmp_path, lake, tiers=NVME) as cache:
@@ -278,7 +406,7 @@ async def test_files_without_rows_never_take_the_room_of_those_with_rows(tmp_pat
             w.remove_versions([versions[key].id for key in ("k3", "k4", "k5")])
     async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 3 * MIB),)) as cache:
         await cache.residency.adopt_all()
-        await check(cache, content)
+        await check(cache, content, adopted=[versions[key].id for key in ("k3", "k4", "k5")])
         assert {"k0", "k1", "k2", "large"} <= {row.key.decode() for _, row in cache.index.versions()}
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import sys
 import time
 
 import pytest
 
+from cache import control, messages
 from tests.mount_readers import Readers, readers
 from tests.mounting import (
     MIB,
@@ -188,3 +190,25 @@ def test_without_the_supervisor_reads_go_on_and_umount_ends_everything(
     assert mount.requests()["get"] == 0
     mount.unmount()
     assert mounts_below(mount.home) == []
+
+
+def test_a_worker_that_dies_with_unread_answers_leaves_the_mover_alone(
+    mounting: Mounting, folder: Folder
+) -> None:
+    """The socket of such a worker is reset, not closed (unix(7)), which the mover must outlive too."""
+    folder.put("file", b"content")
+    mount = mounting.mount(folder.url)
+    pids = mount.pids()
+    question = messages.frame(messages.Asked(1, messages.Lookup(1, b"file")))
+    for _ in range(5):
+        with socket.socket(socket.AF_UNIX) as worker:
+            worker.connect(str(control.socket_path(mount.directory).with_suffix(".worker")))
+            worker.sendall(question * 3)
+            assert worker.recv(1, socket.MSG_PEEK)
+    with socket.socket(socket.AF_UNIX) as worker:
+        worker.connect(str(control.socket_path(mount.directory).with_suffix(".worker")))
+        worker.sendall(b"\x03\0\0\0???")
+        assert worker.recv(1) == b"", "what is no message ends the connection"
+    assert mount.read("file") == b"content"
+    assert mount.pids() == pids
+    assert "the mover failed" not in mount.log()

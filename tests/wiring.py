@@ -23,12 +23,14 @@ from cache.lake_io import LakeIO
 from cache.lister import Lister
 from cache.listing import Changed
 from cache.model import MIB, ROOT_INODE, Inode, ObjectVersion
+from cache.mover import open_index
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
 from cache.records import Node
-from cache.residency import Residency, Tier
+from cache.places import Tier
+from cache.residency import Residency
 from cache.restore import restore
 from cache.tier import TierBudget, TierFiles
 
@@ -128,8 +130,13 @@ class Cache:
         """Return what the version's file holds there, whole or sparse, holes included."""
         row = self.index.version(version.id)
         assert row is not None, version
-        path = self.residency.tiers[row.tier].files.file_path(version.id, whole=row.whole)
-        return Path(path).read_bytes()[offset : offset + length]
+        files = self.residency.tiers[row.tier].files
+        try:
+            body = Path(files.file_path(version.id, whole=row.whole)).read_bytes()
+        except FileNotFoundError:
+            assert not row.whole, version
+            body = Path(files.object_path(version.id)).read_bytes()  # Made whole, not committed yet.
+        return body[offset : offset + length]
 
     def names(self, inode: Inode = ROOT_INODE) -> dict[str, tuple[Inode, Node]]:
         """Return what the index shows in a directory."""
@@ -169,10 +176,11 @@ async def open_cache(
     Without *with_tiers* their directories are not made: for tests that fetch nothing.
     """
     lake_engine, disk_engine = Engine("lake", 6, reserved=1), Engine("disk", 3, reserved=1)
-    index = Index(path)
+    index = open_index(path, may_rebuild=True)
     committer = Committer(index)
     with index.write() as writer:
         writer.add_root()
+        writer.sweep_detached()
     send, receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, retry, seed=1)
     made = [make_tier(path, spec, policy) for spec in tiers]

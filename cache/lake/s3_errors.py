@@ -227,7 +227,7 @@ def truncated(place: Place, key: str | None) -> TruncatedBody:
 
 
 def _late(place: Place, key: str | None) -> LakeUnavailable:
-    return LakeUnavailable(f"{place.object(key)}: no answer from the lake in time")
+    return LakeUnavailable(f"{place.object(key)}: no answer from the lake in time{place.at_endpoint}")
 
 
 def _broken(place: Place, key: str | None, reason: str) -> LakeUnavailable:

@@ -1,0 +1,55 @@
+"""A tier as the coordinator sees it, and what it remembers of a version that is not whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trio
+
+from cache.model import MIB, ObjectVersion
+from cache.policy.eviction import EvictionPolicy
+from cache.tier import TierBudget, TierFiles
+
+_GUARD_EVERY_BYTES = 64 * MIB  # The free-space guard asks the disk again after so many at most,
+_GUARD_SHARE = 16  # and after this share of the space that it guards: so much it may be off.
+
+
+@dataclass
+class Tier:
+    """A tier's files, budget and policy. *free_min_bytes* stays free on its disk."""
+
+    files: TierFiles
+    budget: TierBudget
+    policy: EvictionPolicy
+    free_min_bytes: int = 0
+    room_lock: trio.Lock = field(default_factory=trio.Lock)
+    unguarded_bytes: int = _GUARD_EVERY_BYTES
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+    def has_room(self, charged_bytes: int) -> bool:
+        """Return whether budget and disk have room; the disk is asked every so many bytes."""
+        if self.budget.room_bytes < charged_bytes:
+            return False
+        self.unguarded_bytes += charged_bytes
+        if self.unguarded_bytes < min(_GUARD_EVERY_BYTES, self.free_min_bytes // _GUARD_SHARE):
+            return True
+        if self.guard_shortfall_bytes() > 0:
+            return False
+        self.unguarded_bytes = 0
+        return True
+
+    def guard_shortfall_bytes(self) -> int:
+        """Return how many bytes are missing to the space that stays free on the tier's disk."""
+        return self.free_min_bytes - self.files.free_bytes() if self.free_min_bytes else 0
+
+
+@dataclass(slots=True)
+class Sparse:
+    """A version under partial/: how many of its blocks are there."""
+
+    version: ObjectVersion
+    tier: int
+    blocks_present: int = 0
