@@ -229,8 +229,8 @@ class Residency:
             await self._committer.commit(lambda w: change(w, vid, whole=True))
         except CacheError as error:  # All of it is there, and can be read as it is.
             log.warning("%s stays a sparse file: %s", version.key, error)
-            tier.budget.give_back(charged)
             await self._disk_engine.run(lambda: tier.files.make_sparse(vid))
+            tier.budget.give_back(charged)
             self._sparse[vid] = state
             return
         for group, _ in groups:

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
+from cache import control
 from tests.memory_s3 import ENVIRONMENT, MemoryS3
 from tools.mounted import Mounted, MountFailed, sluice_command
 from tools.servers import SeaweedServer
@@ -169,6 +170,11 @@ class LiveMount(Mounted):
         """Kill everything and clear the dead mount away, as the user would."""
         self.kill_all()
         self.unmount()
+
+    def status(self) -> dict[str, Any]:
+        """Return what `sluice status --json` shows, without starting a process. Raises SluiceError."""
+        status: dict[str, Any] = control.call(self.directory, "status")
+        return status
 
     @property
     def supervisor(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -45,19 +46,32 @@ def mount(mounting: Mounting, folder: Folder) -> LiveMount:
 # --- mount(8) and /etc/fstab -------------------------------------------------------------------
 
 
-def run(*command: object, path_first: Path | None = None) -> subprocess.CompletedProcess[str]:
-    path = f"{path_first}:{os.environ['PATH']}" if path_first else os.environ["PATH"]
+def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        [str(word) for word in command], capture_output=True, text=True, timeout=60, check=False
     )
 
 
-def test_an_fstab_line_mounts_and_umount_8_unmounts(mounting: Mounting, tmp_path: Path) -> None:
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """`sluice` where mount(8) looks for it: it sets a PATH of its own for /sbin/mount.fuse3."""
+    link = Path("/usr/local/bin/sluice")
+    with open("/run/lock/sluice-tests", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Other test processes make and remove the same link.
+        if link.exists():
+            yield
+            return
+        link.unlink(missing_ok=True)
+        link.symlink_to(sluice_command())
+        try:
+            yield
+        finally:
+            link.unlink()
+
+
+def test_an_fstab_line_mounts_and_umount_8_unmounts(
+    mounting: Mounting, tmp_path: Path, installed: None
+) -> None:
     """With a space in the lake's name, and the options as fstab(5) writes them."""
     lake = Folder(tmp_path / "my lake")
     lake.put("d/file", b"content")
@@ -67,8 +81,7 @@ def test_an_fstab_line_mounts_and_umount_8_unmounts(mounting: Mounting, tmp_path
     where = [lake.url.replace(" ", "\\040"), mount.directory, "fuse.sluice"]
     words = f"ro,nofail,noauto,_netdev,cache={mount.cache}:64M,dram=0,keep_free=0,workers=2,ttl=7,allow_other"
     fstab.write_text(f"{where[0]} {where[1]} {where[2]} {words} 0 0\n")
-    commands = Path(sluice_command()).parent
-    done = run("mount", "-T", fstab, mount.directory, path_first=commands)
+    done = run("mount", "-T", fstab, mount.directory)
     assert (done.returncode, done.stderr) == (0, "")
     assert mount.read("d/file") == b"content"
     status = mount.status()
@@ -78,12 +91,13 @@ def test_an_fstab_line_mounts_and_umount_8_unmounts(mounting: Mounting, tmp_path
     ended(mount)
 
 
-def test_a_wrong_fstab_line_fails_with_its_reason(mounting: Mounting, folder: Folder) -> None:
+def test_a_wrong_fstab_line_fails_with_its_reason(
+    mounting: Mounting, folder: Folder, installed: None
+) -> None:
     mount = mounting.prepare(folder.url)
     mount.directory.mkdir()
     words = f"cache={mount.cache},wrokers=2"
-    commands = Path(sluice_command()).parent
-    done = run("mount", "-t", "fuse.sluice", folder.url, mount.directory, "-o", words, path_first=commands)
+    done = run("mount", "-t", "fuse.sluice", folder.url, mount.directory, "-o", words)
     assert done.returncode != 0
     assert "wrokers" in done.stderr and "workers" in done.stderr
     assert mounts_below(mount.home) == []
@@ -280,6 +294,21 @@ def test_a_dead_mount_is_told_from_a_living_one(mount: LiveMount) -> None:
     began_s = time.monotonic()
     assert sluice("status", mount.directory).returncode != 0
     assert time.monotonic() - began_s < 30
+
+
+def test_status_tells_the_stable_keys_of_a_mount(mount: LiveMount) -> None:
+    mount.read("d/file")
+    shown = json.loads(sluice("status", "--json", mount.directory / "d").stdout)
+    assert (shown["mountpoint"], shown["dirty_bytes"]) == (str(mount.directory), 0)
+    assert set(shown["processes"]) == {"supervisor", "workers", "mover"}
+    assert set(shown["lake_io"]["requests"]) == {"list", "head", "get", "put", "copy", "delete"}
+    assert shown["lake_io"]["requests"]["get"] == 1
+    assert shown["lake_io"]["bytes_fetched"] == 200_000
+    assert sum(shown["reads"]["bytes_by_source"].values()) == 200_000
+    for tier in shown["tiers"]:
+        assert {"name", "path", "used_bytes", "size_bytes", "objects"} <= set(tier)
+    assert all({"on", "reason"} == set(feature) for feature in shown["features"].values())
+    assert {"lake", "profile", "uploads", "sets"} <= set(shown)
 
 
 def test_two_mounts_of_one_lake_live_side_by_side(mounting: Mounting, folder: Folder) -> None:

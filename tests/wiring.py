@@ -24,12 +24,12 @@ from cache.lister import Lister
 from cache.listing import Changed
 from cache.model import MIB, ROOT_INODE, Inode, ObjectVersion
 from cache.mover import open_index
+from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
 from cache.records import Node
-from cache.places import Tier
 from cache.residency import Residency
 from cache.restore import restore
 from cache.tier import TierBudget, TierFiles

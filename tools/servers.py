@@ -108,7 +108,7 @@ class SeaweedServer:
     secret_key = "sluice-secret"
     region = "us-east-1"
 
-    def __init__(self, directory: Path | None = None, *, memory: str = "200MiB") -> None:
+    def __init__(self, directory: Path | None = None, *, memory: str = "512MiB") -> None:
         self._temporary = directory is None
         self._directory = directory or Path(tempfile.mkdtemp(prefix="sluice-seaweed-"))
         self._memory = memory

@@ -227,7 +227,8 @@ def truncated(place: Place, key: str | None) -> TruncatedBody:
 
 
 def _late(place: Place, key: str | None) -> LakeUnavailable:
-    return LakeUnavailable(f"{place.object(key)}: no answer from the lake in time{place.at_endpoint}")
+    where = f" ({place.server})" if place.endpoint_url else ""
+    return LakeUnavailable(f"{place.object(key)}: no answer from the lake in time{where}")
 
 
 def _broken(place: Place, key: str | None, reason: str) -> LakeUnavailable:
