@@ -292,10 +292,10 @@ def _stop(mount: Mount, mover: Child) -> int:
     """Unmount, end all children, and mark the cache clean if the mover ended well."""
     if mount.device >= 0:
         if not mount.unmounted:
-            _unmount(mount)
+            mount.unmounted = _unmount(mount)
         os.close(mount.device)
     workers = [child for child in mount.children if child.pid and child is not mover]
-    _end(workers, signal.SIGTERM, patience_s=10)
+    _end(workers, signal.SIGTERM, patience_s=10 if mount.unmounted else 0)
     if not mover.pid:
         return 1
     with suppress(ProcessLookupError):
@@ -311,13 +311,16 @@ def _stop(mount: Mount, mover: Child) -> int:
     return 0
 
 
-def _unmount(mount: Mount) -> None:
+def _unmount(mount: Mount) -> bool:
+    """Unmount; return False where files are open, which the end of the workers cuts off then."""
     try:
         device.unmount(mount.config.mountpoint)
+        return True
     except OSError as error:
         log.warning("%s: %s; detached, open files are cut off", mount.config.mountpoint, error.strerror)
         with suppress(OSError):
             device.unmount(mount.config.mountpoint, lazy=True)
+        return False
 
 
 def _end(children: list[Child], with_signal: int, patience_s: float) -> None:

@@ -90,8 +90,14 @@ def read_on(mount: Path, lake: Path, seed: int, stop: threading.Event, wrong: li
     return reads
 
 
+def stop_at_the_end_of_input(stop: threading.Event) -> None:
+    sys.stdin.read()
+    stop.set()
+
+
 def main(mount: Path, lake: Path, seed: int, threads: int) -> int:
-    stop, wrong, counts = threading.Event(), [], [0] * threads
+    stop, counts = threading.Event(), [0] * threads
+    wrong: list[str] = []
 
     def run(number: int) -> None:
         counts[number] = read_on(mount, lake, seed + number, stop, wrong)
@@ -99,7 +105,7 @@ def main(mount: Path, lake: Path, seed: int, threads: int) -> int:
     running = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
     for thread in running:
         thread.start()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    threading.Thread(target=stop_at_the_end_of_input, args=(stop,), daemon=True).start()
     for thread in running:
         thread.join()
     print("\n".join(wrong), file=sys.stderr)

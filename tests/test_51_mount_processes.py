@@ -45,6 +45,7 @@ def test_any_number_of_workers_serves_the_tree(mounting: Mounting, folder: Folde
     mount = mounting.mount(folder.url, f"--workers={workers}", "--dram=64M")
     assert mount.read("a/small") == content(5000)
     assert mount.read("large") == content(10 * MIB)
+    until(lambda: len(set(mount.status()["processes"]["workers"])) >= max(1, workers), "all are there")
     processes = mount.status()["processes"]
     if workers == 0:
         assert set(processes_naming(mount.home)) == {processes["supervisor"]}
@@ -158,7 +159,7 @@ def test_after_the_death_of_all_processes_the_next_mount_uses_the_cache(
 def test_after_death_in_the_middle_of_reads_all_bytes_are_right(mounting: Mounting, folder: Folder) -> None:
     fill(folder)
     mount = mounting.mount(folder.url, "--dram=64M", size="64M")
-    for round_number in range(3):
+    for round_number in range(2):
         running = Readers(mount.directory, folder.path, seed=31 + round_number)
         try:
             before = mount.reads()["requests"]["reads"]

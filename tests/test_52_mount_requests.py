@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,13 +168,13 @@ def test_an_immutable_mount_never_asks_again(mounting: Mounting, lake: MemoryS3)
         mount.remount()
 
 
-def at_once(calls: list[Callable[[], object]]) -> list[object]:
+def at_once(calls: Sequence[Callable[[], bytes]]) -> list[bytes]:
     """Return what the calls return, each made in a thread of its own, all at the same time."""
-    barrier, results = threading.Barrier(len(calls)), [None] * len(calls)
+    barrier, results = threading.Barrier(len(calls)), [b""] * len(calls)
 
-    def run(number: int, call: Callable[[], object]) -> None:
+    def run(number: int, call: Callable[[], bytes]) -> None:
         barrier.wait()
-        results[number] = call()  # type: ignore[call-overload]
+        results[number] = call()
 
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(calls)]
     for thread in threads:
@@ -189,7 +190,7 @@ def test_a_small_object_is_fetched_once_however_many_read_it(mounting: Mounting,
     lake.latency_s = 0.1  # So that the readers overlap.
     for i in range(3):
         body = content(700_000, seed=i)
-        pieces = at_once([lambda i=i: mount.read(f"s/{i}")] * 12)  # type: ignore[misc]
+        pieces = at_once([partial(mount.read, f"s/{i}")] * 12)
         assert pieces == [body] * 12
         assert lake.gets[f"s/{i}"] == 1
 
@@ -203,7 +204,7 @@ def test_a_part_of_a_large_object_is_fetched_once_however_many_read_it(
     lake.latency_s = 0.1
     with (mount.directory / "large").open("rb", buffering=0) as file:
         places = [9 * MIB + 5, 9 * MIB + 100, 9 * MIB + 60_000] * 4
-        reads = [lambda place=place: os.pread(file.fileno(), 20_000, place) for place in places]  # type: ignore[misc]
+        reads = [partial(os.pread, file.fileno(), 20_000, place) for place in places]
         assert at_once(reads) == [body[place : place + 20_000] for place in places]
     until(lambda: mount.status()["lake_io"]["flights"] == 0, "no flight is under way")
     assert mount.status()["lake_io"]["bytes_fetched"] < 12 * MIB
@@ -277,7 +278,7 @@ def test_the_death_of_the_mover_loses_no_request_and_asks_for_nothing_twice(
     lake.put("object", body)
     mount = mount_it(mounting, lake)
     os.stat(mount.directory / "object")
-    lake.latency_s = 0.5
+    lake.latency_s = 2.0  # Time to kill the mover before the answer is there.
     reader = subprocess.Popen(
         [sys.executable, "-c", "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read())",
          str(Path(mount.directory / "object"))],
@@ -287,6 +288,7 @@ def test_the_death_of_the_mover_loses_no_request_and_asks_for_nothing_twice(
         until(lambda: lake.gets["object"] == 1, "the fetch is under way")
         mover = mount.pids()["mover"]
         kill_each(mover)
+        lake.latency_s = 0.0
         out, _ = reader.communicate(timeout=30)
     finally:
         reader.kill()

@@ -52,7 +52,6 @@ def lake_away(how: str, proxy: SlowProxy, server: SeaweedServer) -> Iterator[Non
             "hangs": Faults(hang_share=1, hang_s=5),
             "resets": Faults(reset_share=1),
             "503": Faults(slow_down_share=1),
-            "truncates": Faults(truncate_share=1),
         }[how]
     try:
         yield
@@ -62,7 +61,7 @@ def lake_away(how: str, proxy: SlowProxy, server: SeaweedServer) -> Iterator[Non
             server.restart()
 
 
-@pytest.mark.parametrize("how", ["killed", "hangs", "resets", "503", "truncates"])
+@pytest.mark.parametrize("how", ["killed", "hangs", "503"])
 def test_while_the_lake_is_away_cached_files_are_read_and_others_fail_until_it_returns(
     mounting: Mounting, prefix: Prefix, proxy: SlowProxy, s3_server: SeaweedServer, how: str
 ) -> None:
@@ -115,15 +114,14 @@ def expired(mount: LiveMount) -> bool:
     return mount.status()["lake_io"]["failing_for_s"] is not None
 
 
-@pytest.mark.parametrize("fault", ["slow_down_share", "error_share", "reset_share", "truncate_share"])
 def test_a_lake_that_fails_a_third_of_the_time_gives_only_right_bytes(
-    mounting: Mounting, prefix: Prefix, proxy: SlowProxy, fault: str
+    mounting: Mounting, prefix: Prefix, proxy: SlowProxy
 ) -> None:
     files = {f"d/{i:02d}": content(30_000 + i) for i in range(30)} | {"large": content(20 * MIB, seed=3)}
     for name, body in files.items():
         prefix.put(name, body)
     mount = mounting.mount(prefix.url, f"--endpoint-url={proxy.endpoint_url}", "--retry=90")
-    proxy.faults = Faults(**{fault: 0.3})
+    proxy.faults = Faults(slow_down_share=0.05, error_share=0.1, reset_share=0.1, truncate_share=0.1)
     wrong: list[str] = []
 
     def read_each(names: list[str]) -> None:
@@ -135,7 +133,7 @@ def test_a_lake_that_fails_a_third_of_the_time_gives_only_right_bytes(
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert sum(proxy.faults_dealt.values()) > 0
+    assert sum(proxy.faults_dealt.values()) > 5
     assert mount.status()["reads"]["errors"] == 0
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
-
 from cache import control
 from tests.mount_readers import readers
 from tests.mounting import (
@@ -134,13 +132,12 @@ def same(mount: LiveMount, name: str, truth: Path) -> bool:
         return ours.read(1) == b""
 
 
-@pytest.mark.parametrize("policy", ["epoch", "lru"])
 def test_a_working_set_of_three_times_the_tiers_is_read_right_within_the_budgets(
-    mounting: Mounting, folder: Folder, policy: str
+    mounting: Mounting, folder: Folder
 ) -> None:
     files = fill(folder, SMALL, LARGE_BYTES)
     assert sum(path.stat().st_size for path in files.values()) > 2.8 * 128 * MIB
-    mount = mounting.mount(folder.url, "--dram=64M", f"--policy={policy}", size="64M")
+    mount = mounting.mount(folder.url, "--dram=64M", size="64M")
     with Sampler(mount, dram=64, nvme0=64) as sampler:
         for name, path in files.items():
             assert same(mount, name, path), name

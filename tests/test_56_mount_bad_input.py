@@ -242,7 +242,8 @@ def test_a_mount_that_is_interrupted_while_it_waits_for_the_lake_leaves_nothing(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"--endpoint-url=http://127.0.0.1:{silent.getsockname()[1]}"
-        command = [sluice_command(), "mount", memory_s3.url, home / "mount", f"--cache={home / 'cache'}:64M"]
+        cache = f"--cache={home / 'cache'}:64M"
+        command = [sluice_command(), "mount", memory_s3.url, str(home / "mount"), cache]
         options = (endpoint, "--dram=64M", "--read-timeout=50", f"--workers={workers}")
         mounting = subprocess.Popen([*command, *options], start_new_session=True, stderr=subprocess.DEVNULL)
         try:
