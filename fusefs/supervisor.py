@@ -239,6 +239,8 @@ def _start(mount: Mount, child: Child) -> None:
     child.pid = os.fork()
     if child.pid == 0:
         child.start()
+    if child.row:  # So that `status` names every worker from the start.
+        mount.counters.row(child.row).set("pid", child.pid)
 
 
 def _watch(mount: Mount) -> None:
