@@ -26,7 +26,7 @@ class List(msgspec.Struct, tag=2, array_like=True):
 
 
 class Fetch(msgspec.Struct, tag=3, array_like=True):
-    """Make these bytes of the inode's version resident. *opening*: on behalf of open().
+    """Make these bytes of the inode's version resident.
 
     Fails with CacheFull when they can't be cached: ask with ReadThrough then.
     """
@@ -34,7 +34,6 @@ class Fetch(msgspec.Struct, tag=3, array_like=True):
     inode: int
     offset: int
     length: int
-    opening: bool
 
 
 class ReadThrough(msgspec.Struct, tag=4, array_like=True):

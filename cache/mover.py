@@ -84,7 +84,7 @@ class Mover:
                 return Answer(0, value=int(await self.lister.lookup(Inode(parent), name)))
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
-            case messages.Fetch(inode, offset, length, _):
+            case messages.Fetch(inode, offset, length):
                 async with self._noting_change(Inode(inode)):
                     await self.fetcher.fetch(self._version(Inode(inode)), offset, length)
             case messages.ReadThrough(inode, offset, length):

@@ -76,7 +76,7 @@ class Filesystem:
             self._note_used(node.vid)
             return inode
         try:
-            await self._wait(Fetch(inode, 0, node.size_bytes, opening=True))
+            await self._wait(Fetch(inode, 0, node.size_bytes))
         except CacheError:
             pass  # The reads will ask the lake.
         return inode | WAITED_BIT
@@ -105,7 +105,7 @@ class Filesystem:
                     self._counters.add("bytes_lake" if waited else source, length)
                     return body
                 waited = True
-                await self._wait(Fetch(inode, offset, length, opening=False))
+                await self._wait(Fetch(inode, offset, length))
             except CacheError:
                 break  # A failed cache never fails a read: ask the lake for the bytes themselves.
         answer = await self._wait(ReadThrough(inode, offset, length))
