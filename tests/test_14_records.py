@@ -131,7 +131,7 @@ def test_versions_differ_by_key_etag_and_size() -> None:
 MESSAGES = [
     Asked(1, messages.Lookup(1, b"n\xff")),
     Asked(2, messages.List(7)),
-    Asked(3, messages.Fetch(7, 1 << 40, 4096, True)),
+    Asked(3, messages.Fetch(7, 1 << 40, 4096)),
     Asked(4, messages.ReadThrough(7, 0, 1)),
     Asked(5, messages.Corrupt(b"v" * 16, 3)),
     Asked(0, messages.Used([b"v" * 16, b"v" * 20])),
