@@ -51,7 +51,11 @@ class Filesystem:
         mover: MoverClient,
         namespace: Namespace,
         counters: CounterRow,
+        *,
+        no_open: bool = False,
     ) -> None:
+        """*no_open*: `open_file` is never called, so reads tell which objects are used."""
+        self._no_open = no_open
         self.namespace = namespace
         self._index = index
         self._tiers = tiers
@@ -102,6 +106,8 @@ class Filesystem:
                 found = await self._read_resident(inode, node, offset, length)
                 if found is not None:
                     body, source = found
+                    if self._no_open and not waited and node.vid not in self._used:
+                        self._note_used(node.vid)
                     self._counters.add("bytes_lake" if waited else source, length)
                     return body
                 waited = True

@@ -77,7 +77,7 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, config: MountConfig, on_init: Callable[[], None], *, no_open: bool) -> None:
         super().__init__()
-        self._no_open = no_open
+        self.no_open = no_open
         self._uid, self._gid = config.uid, config.gid
         self._on_init = on_init
 
@@ -162,7 +162,7 @@ class Operations(pyfuse3.Operations):
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
-        if self._no_open:  # Once for the whole mount: the kernel then sends no OPEN and no RELEASE.
+        if self.no_open:  # Once for the whole mount: the kernel then sends no OPEN and no RELEASE.
             raise pyfuse3.FUSEError(errno.ENOSYS)
         handle = await self.filesystem.open_file(Inode(inode))
         # The inode is one object version, so what the page cache holds of it is good for ever.

@@ -43,7 +43,7 @@ def equip(
     namespace = Namespace(index, mover, Freshness(config.ttl_s, config.immutable))
     counters.set("pid", os.getpid())
     operations.counters = counters
-    operations.filesystem = Filesystem(index, tiers, mover, namespace, counters)
+    operations.filesystem = Filesystem(index, tiers, mover, namespace, counters, no_open=operations.no_open)
     return operations.filesystem
 
 

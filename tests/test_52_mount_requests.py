@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cache import control
 from tests.memory_s3 import MemoryS3
 from tests.mounting import MIB, Folder, LiveMount, Mounting, content, is_alive, kill_each, until
 
@@ -296,3 +297,19 @@ def test_the_death_of_the_mover_loses_no_request_and_asks_for_nothing_twice(
     assert out == body
     assert lake.gets["object"] == 2
     assert not any(map(is_alive, mover))
+
+
+@pytest.mark.parametrize("profile", ["auto", "checkpoint"])
+def test_a_hit_is_told_to_the_eviction_policy_whether_opens_are_seen_or_not(
+    mounting: Mounting, folder: Folder, profile: str
+) -> None:
+    folder.put("file", content(300_000))
+    mount = mounting.mount(folder.url, f"--profile={profile}")
+
+    def hits() -> int:
+        found = control.call(mount.directory, "ls", paths=["file"])
+        return int(found["entries"][0]["hits"])
+
+    assert mount.read("file") == content(300_000)
+    assert mount.read_anew("file") == content(300_000)
+    until(lambda: hits() > 0, "the hit is counted")
