@@ -433,5 +433,9 @@ class _Canned:
             except OSError:
                 return
             with client:
-                client.recv(1 << 16)
+                asked = b""
+                while b"\r\n\r\n" not in asked and (some := client.recv(1 << 16)):
+                    asked += some
                 client.sendall(self._reply)
+                client.shutdown(socket.SHUT_WR)
+                client.recv(1 << 16)  # Until the client hung up: closing earlier may reset the connection.
