@@ -60,7 +60,14 @@ class MountConfig:
     mountpoint: Path
     caches: tuple[CacheDirectory, ...]  # At least one; the first also holds index, lock and log.
     dram_bytes: int = 0  # 0: no DRAM tier.
-    read_only: bool = True  # Writing is not there yet.
+    read_only: bool = True
+    durability: tuple[tuple[str, str], ...] = ()  # (pattern, "local" or "remote"); the first that fits.
+    durability_default: str = "local"
+    dirty_bytes_max: int | None = None  # None: half of what is free when the mount starts.
+    upload_delay_s: float = 2.0  # A closed file is quiet for so long before it is sent,
+    upload_open_delay_s: float = 30.0  # and one that is open for writing for so long.
+    upload_threads: int = 8
+    upload_bandwidth: int | None = None  # Bytes a second; None: all there is.
     immutable: bool = False  # Objects never change: never revalidate.
     ttl_s: float = 60.0
     workers: int = 1  # 0: everything in one process.

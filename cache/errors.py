@@ -59,3 +59,55 @@ class BlockCorrupt(CacheError):
 
 class MoverUnavailable(SluiceError):
     """The mover did not answer and could not be reached again in time."""
+
+
+class NamespaceError(SluiceError):
+    """A change of the namespace is refused as POSIX says; nothing has changed."""
+
+
+class NameExists(NamespaceError):
+    """The name is taken (EEXIST)."""
+
+
+class NameMissing(NamespaceError):
+    """There is no such name (ENOENT)."""
+
+
+class NotADirectory(NamespaceError):
+    """A directory was needed (ENOTDIR)."""
+
+
+class IsADirectory(NamespaceError):
+    """Anything but a directory was needed (EISDIR)."""
+
+
+class DirectoryNotEmpty(NamespaceError):
+    """The directory has entries (ENOTEMPTY)."""
+
+
+class NameRefused(NamespaceError):
+    """The lake can't hold an object of this name (EINVAL)."""
+
+
+class NameTooLong(NamespaceError):
+    """The name or the whole key is longer than the lake allows (ENAMETOOLONG)."""
+
+
+class FileTooLarge(NamespaceError):
+    """The size is above what one object of the lake may have (EFBIG)."""
+
+
+class AttributeMissing(NamespaceError):
+    """There is no such extended attribute (ENODATA)."""
+
+
+class NotSupported(NamespaceError):
+    """A lake has no such thing: hard links, device nodes (EOPNOTSUPP)."""
+
+
+class MountReadOnly(SluiceError):
+    """Nothing can be changed (EROFS): asked for, or the journal failed and the log says why."""
+
+
+class StagingFull(SluiceError):
+    """The disk of the staging files is full (ENOSPC)."""

@@ -11,6 +11,8 @@ synced: the index can be rebuilt. An environment is opened after the fork, once 
   hidden       parent inode + hash -> HiddenKey
   versions     version id -> VersionRow
   groups       version id + group -> Group
+  pending      sequence number -> Pending       (what the lake does not know yet: see pending.py)
+  answers      id of a change -> Answer         (the last ones, so that a change sent twice happens once)
 """
 
 from __future__ import annotations
@@ -47,7 +49,18 @@ from cache.records import (
 )
 
 MAP_BYTES = 1 << 38  # Address space, not memory: room for some 10**9 keys.
-_NAMES = ("meta", "nodes", "children", "directories", "detached", "hidden", "versions", "groups")
+_NAMES = (
+    "meta",
+    "nodes",
+    "children",
+    "directories",
+    "detached",
+    "hidden",
+    "versions",
+    "groups",
+    "pending",
+    "answers",
+)
 
 
 class Index:
@@ -337,6 +350,12 @@ class IndexWriter:
 
     def remove_group(self, vid: bytes, group: int) -> None:
         self._txn.delete(group_key(vid, group), db=self._dbs["groups"])
+
+    def put_pending(self, seq: int, packed: bytes) -> None:
+        self._txn.put(seq.to_bytes(8, "big"), packed, db=self._dbs["pending"])
+
+    def remove_pending(self, seq: int) -> None:
+        self._txn.delete(seq.to_bytes(8, "big"), db=self._dbs["pending"])
 
 
 def remove_index(directory: Path) -> None:

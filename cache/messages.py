@@ -71,15 +71,157 @@ class RelistAhead(msgspec.Struct, tag=8, array_like=True):
     inode: int
 
 
-Request = Lookup | List | Fetch | ReadThrough | Corrupt | Used | ReadSeen | RelistAhead
-UNANSWERED = (Used, ReadSeen, RelistAhead)
+class Create(msgspec.Struct, tag=9, array_like=True):
+    """Make a file, its staging file included. Answered with its inode. NameExists if the name is taken."""
+
+    parent: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+
+
+class MakeDirectory(msgspec.Struct, tag=10, array_like=True):
+    """Answered with the inode."""
+
+    parent: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+
+
+class MakeSymlink(msgspec.Struct, tag=11, array_like=True):
+    """Answered with the inode."""
+
+    parent: int
+    name: bytes
+    target: bytes
+    uid: int
+    gid: int
+
+
+class MakeNode(msgspec.Struct, tag=12, array_like=True):
+    """Make a FIFO or a socket, or an empty file (*mode* with its type bits). Answered with the inode."""
+
+    parent: int
+    name: bytes
+    mode: int
+    rdev: int
+    uid: int
+    gid: int
+
+
+class Unlink(msgspec.Struct, tag=13, array_like=True):
+    parent: int
+    name: bytes
+
+
+class RemoveDirectory(msgspec.Struct, tag=14, array_like=True):
+    parent: int
+    name: bytes
+
+
+class Rename(msgspec.Struct, tag=15, array_like=True):
+    """*flags*: RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2), as renameat2(2) has them."""
+
+    parent: int
+    name: bytes
+    new_parent: int
+    new_name: bytes
+    flags: int
+
+
+class SetAttributes(msgspec.Struct, tag=16, array_like=True):
+    """chmod, chown, utimens; None leaves it. A staged file's times and size are set by the worker."""
+
+    inode: int
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class SetXattr(msgspec.Struct, tag=17, array_like=True):
+    """*value* None removes it. *flags*: XATTR_CREATE (1), XATTR_REPLACE (2), as setxattr(2) has them."""
+
+    inode: int
+    name: bytes
+    value: bytes | None
+    flags: int = 0
+
+
+class Stage(msgspec.Struct, tag=18, array_like=True):
+    """Give the file a staging file, if it has none, with its first *keep_bytes* (-1: all).
+
+    Answered with the number of the staging file. The worker that asks has the file open for
+    writing, as the OpenTable says, or holds it so itself while it truncates.
+    """
+
+    inode: int
+    keep_bytes: int = -1
+
+
+class Closed(msgspec.Struct, tag=19, array_like=True):
+    """The last handle for writing, or the last at all of an unlinked file, is gone. Not answered."""
+
+    inode: int
+
+
+class Sync(msgspec.Struct, tag=20, array_like=True):
+    """fsync: the staging file's *length_bytes* are on the disk (-1: nothing was); answered when the
+    journal has all that was changed so far, and with *remote* when the lake has this file.
+    """
+
+    inode: int
+    length_bytes: int = -1
+    remote: bool = False
+
+
+class AwaitRoom(msgspec.Struct, tag=21, array_like=True):
+    """Answered when the dirty bytes are below --dirty-max again."""
+
+
+Change = (
+    Create
+    | MakeDirectory
+    | MakeSymlink
+    | MakeNode
+    | Unlink
+    | RemoveDirectory
+    | Rename
+    | SetAttributes
+    | SetXattr
+)
+Request = (
+    Lookup
+    | List
+    | Fetch
+    | ReadThrough
+    | Corrupt
+    | Used
+    | ReadSeen
+    | RelistAhead
+    | Change
+    | Stage
+    | Closed
+    | Sync
+    | AwaitRoom
+)
+UNANSWERED = (Used, ReadSeen, RelistAhead, Closed)
 
 
 class Asked(msgspec.Struct, array_like=True):
-    """A request with the number that its answer carries."""
+    """A request with the number that its answer carries.
+
+    *id* names a Change for ever: the kernel's own number of the request it came with, which it keeps
+    when it sends the request again to another worker. One that comes twice happens once.
+    """
 
     number: int
     request: Request
+    id: int = 0
 
 
 class Answer(msgspec.Struct, tag=1, array_like=True):

@@ -34,6 +34,13 @@ NAME_BYTES_MAX = 255
 KIND_DIRECTORY = stat.S_IFDIR
 KIND_FILE = stat.S_IFREG
 KIND_SYMLINK = stat.S_IFLNK
+KIND_FIFO = stat.S_IFIFO
+KIND_SOCKET = stat.S_IFSOCK
+
+# A symlink is an object of this name's ending that holds the target: rclone's convention.
+SYMLINK_SUFFIX = ".rclonelink"
+KEY_BYTES_MAX = 1024  # S3 User Guide, "Naming Amazon S3 objects".
+OBJECT_BYTES_MAX = 5 << 40  # S3 User Guide, "Multipart upload limits": 5 TiB.
 
 
 def ceil_div(value: int, unit: int) -> int:

@@ -27,22 +27,47 @@ def charge(size_bytes: int) -> int:
     return ceil_div(size_bytes, PAGE_BYTES) * PAGE_BYTES
 
 
-class Node(msgspec.Struct, array_like=True, frozen=True):
-    """One inode. A file's inode is one object version: its bytes never change.
+class Attributes(msgspec.Struct, array_like=True, frozen=True):
+    """What chmod, chown, utimens and setxattr set; a node without them has the mount's defaults.
 
-    *name* is the last path component; *vid* is empty for directories. *seen_at_s* (unix time) is
-    when a request for this one key last confirmed it; a listing confirms all of a directory in
-    its DirectoryState instead.
+    *mode*: permission bits. *rdev*: of a device node. *target*: of a symlink.
+    """
+
+    mode: int
+    uid: int
+    gid: int
+    ctime_ns: int
+    atime_ns: int = 0
+    xattrs: dict[bytes, bytes] = {}
+    target: bytes = b""
+    rdev: int = 0
+
+
+class Node(msgspec.Struct, array_like=True, frozen=True):
+    """One inode. Its bytes change only by writes through the mount: a change in the lake gives
+    the path another inode.
+
+    *name* is the last path component; *vid* is empty for what is no file of the lake. *seen_at_s*
+    (unix time) is when a request for this one key last confirmed it; a listing confirms all of a
+    directory in its DirectoryState instead.
+
+    *staged* is the number of the staging file that holds the content, 0 when the object version
+    does: size and times of a staged file are those of its staging file. *origin* is where the lake
+    has it (a key, or a directory's prefix with "/" at its end) while a move to its path is pending;
+    empty when path and key agree.
     """
 
     parent: int
     name: bytes
-    kind: int  # stat.S_IFDIR or S_IFREG
+    kind: int  # stat.S_IFDIR, S_IFREG, S_IFLNK, S_IFIFO or S_IFSOCK
     size_bytes: int = 0
     mtime_ns: int = 0
     etag: str = ""
     vid: bytes = b""
     seen_at_s: float = 0.0
+    staged: int = 0
+    origin: bytes = b""
+    attributes: Attributes | None = None
 
     @property
     def is_directory(self) -> bool:

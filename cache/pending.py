@@ -1,0 +1,368 @@
+"""What the lake does not know yet: pending operations, what they hide of the lake and what they keep.
+
+The rows are in the index (`pending`), written in the same transaction as the namespace's change, and
+in the journal, which follows with synchronous commits. `PendingTable` is their picture in the mover's
+memory; it is loaded from the rows, and every change of it goes through an `IndexWriter`.
+
+A *path* is a place in the mount, a *key* one in the lake; both are bytes, relative, without a leading
+slash. A directory's key ends in "/". They differ for a symlink (its key has an ending of its own) and
+while a move is pending (`Node.origin`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from cache.index import IndexWriter
+from cache.model import SYMLINK_SUFFIX
+from cache.records import Attributes
+
+OPEN, SEALED, CONFLICT, FAILED = "open", "sealed", "conflict", "failed"
+ANY_ETAG = "*"  # As base_etag: whatever the lake has there is replaced.
+
+
+class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
+    """A file or symlink whose content the lake has not.
+
+    *base_etag*: what the lake has under the key when the upload may replace it; "" means nothing.
+    *size_bytes*: -1 while it may be written. *synced_bytes*: the length that the last fsync made
+    durable, -1 if there was none. A symlink has no staging file (*staged* 0): its content is the
+    target in its attributes.
+    """
+
+    path: bytes
+    inode: int
+    kind: int
+    staged: int
+    base_etag: str
+    attributes: Attributes
+    state: str = OPEN
+    size_bytes: int = -1
+    synced_bytes: int = -1
+    mtime_ns: int = 0
+    sealed_at_s: float = 0.0
+    upload_id: str = ""
+    part_bytes: int = 0
+    upload_key: bytes = b""  # The multipart upload's, which a rename does not change.
+    error: str = ""
+
+    @property
+    def key(self) -> bytes:
+        return object_key(self.path, self.kind)
+
+
+class Mark(msgspec.Struct, tag="mark", array_like=True, frozen=True):
+    """A directory whose marker, an empty object named like it with "/" at the end, is to be put."""
+
+    path: bytes
+    inode: int
+    attributes: Attributes | None = None
+    error: str = ""
+
+    @property
+    def key(self) -> bytes:
+        return self.path + b"/"
+
+
+class Delete(msgspec.Struct, tag="delete", array_like=True, frozen=True):
+    """An object, or (key with "/" at its end) a directory's marker, that is to leave the lake."""
+
+    key: bytes
+    inode: int = 0  # While it is open somewhere, its bytes may still be asked for: the delete waits.
+    error: str = ""
+
+
+class Move(msgspec.Struct, tag="move", array_like=True, frozen=True):
+    """An object or a whole directory that goes from *source*, a key, to *path*.
+
+    *copied*: all is there under its new key, and the namespace says so; the old keys are to go.
+    """
+
+    source: bytes
+    path: bytes
+    inode: int
+    kind: int
+    etag: str = ""
+    size_bytes: int = 0
+    copied: bool = False
+    error: str = ""
+
+    @property
+    def is_tree(self) -> bool:
+        return stat.S_ISDIR(self.kind)
+
+    @property
+    def key(self) -> bytes:
+        return self.path + b"/" if self.is_tree else object_key(self.path, self.kind)
+
+
+class Restate(msgspec.Struct, tag="restate", array_like=True, frozen=True):
+    """An object of the lake whose metadata is to change (chmod, chown, utimens, xattrs)."""
+
+    path: bytes
+    inode: int
+    kind: int
+    attributes: Attributes
+    mtime_ns: int = 0
+    error: str = ""
+
+    @property
+    def key(self) -> bytes:
+        return self.path + b"/" if stat.S_ISDIR(self.kind) else object_key(self.path, self.kind)
+
+
+class Local(msgspec.Struct, tag="local", array_like=True, frozen=True):
+    """A FIFO or socket: it never goes to the lake."""
+
+    path: bytes
+    inode: int
+    kind: int
+    attributes: Attributes
+
+    @property
+    def key(self) -> bytes:
+        return b""
+
+
+class Orphan(msgspec.Struct, tag="orphan", array_like=True, frozen=True):
+    """The staging file of an unlinked file that is open: it goes with the last close."""
+
+    inode: int
+    staged: int
+
+    @property
+    def key(self) -> bytes:
+        return b""
+
+
+Pending = Put | Mark | Delete | Move | Restate | Local | Orphan
+Placed = Put | Mark | Move | Restate | Local  # Those that stand for a path of the mount.
+
+encode_pending = msgspec.msgpack.Encoder().encode
+decode_pending = msgspec.msgpack.Decoder(Pending).decode
+
+
+def object_key(path: bytes, kind: int) -> bytes:
+    """Return the key of what is no directory at *path*."""
+    return path + os.fsencode(SYMLINK_SUFFIX) if stat.S_ISLNK(kind) else path
+
+
+def touched_keys(row: Pending) -> tuple[bytes, ...]:
+    """Return the keys that the operation reads or writes; one with "/" at its end is a whole tree."""
+    match row:
+        case Move():
+            return (row.source, row.key)
+        case Local() | Orphan():
+            return ()
+        case _:
+            return (row.key,)
+
+
+def parents(path: bytes) -> Iterator[bytes]:
+    """Yield the directories above *path*, nearest first, without the root."""
+    while (slash := path.rfind(b"/")) > 0:
+        path = path[:slash]
+        yield path
+
+
+class PendingTable:
+    """All pending rows by their sequence numbers; a later operation has the greater number.
+
+    For the mover's trio thread. `load` first; after a failed commit `load` again, since the
+    memory is then ahead of the index.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Pending] = {}
+        self._next_seq = 1
+        self._by_path: defaultdict[bytes, set[int]] = defaultdict(set)
+        self._by_key: defaultdict[bytes, set[int]] = defaultdict(set)
+        self._trees: dict[int, tuple[bytes, ...]] = {}
+        # Invariant: for each directory, how many placed rows are at or below it.
+        self._below: Counter[bytes] = Counter()
+        self._keys_below: Counter[bytes] = Counter()  # The same for touched keys, by prefix with "/".
+        self.running: dict[int, tuple[bytes, ...]] = {}  # Keys of what is being sent, row there or not.
+        # What the journal has not got yet, in the order of the last change of each row.
+        self.unjournaled: dict[int, Pending | None] = {}
+
+    def load(self, rows: Iterable[tuple[int, Pending]]) -> None:
+        """Start over with *rows*. What is running and what the journal lacks stays as it is."""
+        running, unjournaled = self.running, self.unjournaled
+        self.__init__()  # type: ignore[misc]
+        self.running, self.unjournaled = running, unjournaled
+        for seq, row in rows:
+            self._put(seq, row)
+            self._next_seq = max(self._next_seq, seq + 1)
+
+    # Changes, within a transaction of the index
+
+    def add(self, w: IndexWriter, row: Pending) -> int:
+        """Append *row*; return its sequence number."""
+        seq = self._next_seq
+        self._next_seq += 1
+        self.replace(w, seq, row)
+        return seq
+
+    def replace(self, w: IndexWriter, seq: int, row: Pending) -> None:
+        self._drop(seq)
+        self._put(seq, row)
+        w.put_pending(seq, encode_pending(row))
+        self._note(seq, row)
+
+    def remove(self, w: IndexWriter, seq: int) -> None:
+        if self._drop(seq):
+            w.remove_pending(seq)
+            self._note(seq, None)
+
+    def rename_tree(self, w: IndexWriter, old: bytes, new: bytes) -> None:
+        """Give all placed rows below the directory *old* their paths below *new*."""
+        if not self._below[old]:
+            return
+        prefix = old + b"/"
+        for seq, row in list(self.rows.items()):
+            path = path_of(row)
+            if path is not None and path.startswith(prefix) and seq not in self._moving_tree(row):
+                renamed = msgspec.structs.replace(row, path=new + path[len(old) :])
+                self.replace(w, seq, renamed)
+
+    def _moving_tree(self, row: Pending) -> Iterable[int]:
+        """Return the numbers under which a running move must keep the target that it began with."""
+        return self.running.keys() if isinstance(row, Move) else ()
+
+    def _note(self, seq: int, row: Pending | None) -> None:
+        self.unjournaled.pop(seq, None)
+        self.unjournaled[seq] = row
+
+    def _put(self, seq: int, row: Pending) -> None:
+        self.rows[seq] = row
+        path = path_of(row)
+        if path is not None:
+            self._by_path[path].add(seq)
+            self._below[path] += 1
+            self._below.update(parents(path))
+        for key in touched_keys(row):
+            self._by_key[key].add(seq)
+            self._keys_below.update(prefixes(key))
+        trees = tuple(key for key in touched_keys(row) if is_tree(row, key))
+        if trees:
+            self._trees[seq] = trees
+
+    def _drop(self, seq: int) -> bool:
+        row = self.rows.pop(seq, None)
+        if row is None:
+            return False
+        path = path_of(row)
+        if path is not None:
+            _discard(self._by_path, path, seq)
+            for directory in (path, *parents(path)):
+                _count_down(self._below, directory)
+        for key in touched_keys(row):
+            _discard(self._by_key, key, seq)
+            for prefix in prefixes(key):
+                _count_down(self._keys_below, prefix)
+        self._trees.pop(seq, None)
+        return True
+
+    # Questions
+
+    def at(self, path: bytes) -> list[tuple[int, Placed]]:
+        """Return the rows that stand for *path*, oldest first."""
+        found = [(seq, self.rows[seq]) for seq in sorted(self._by_path.get(path, ()))]
+        return found  # type: ignore[return-value]  # Only placed rows are in _by_path.
+
+    def put_at(self, path: bytes) -> tuple[int, Put] | None:
+        for seq, row in self.at(path):
+            if isinstance(row, Put):
+                return seq, row
+        return None
+
+    def keeps(self, path: bytes) -> bool:
+        """Return whether the mount shows something at or below *path* that the lake may not list."""
+        return self._below[path] > 0
+
+    def hides(self, key: bytes, *, through: bytes = b"") -> bool:
+        """Return whether what the lake has under *key* is deleted or moved away already.
+
+        A *key* that ends in "/" is a directory that a listing rolled up. *through*: the origin of
+        the directory that is listed, if it has one: it is shown under its new path.
+        """
+        for seq in self._by_key.get(key, ()):
+            row = self.rows[seq]
+            if isinstance(row, Delete) or (isinstance(row, Move) and row.source == key != through):
+                return True
+        for trees in self._trees.items():
+            row = self.rows[trees[0]]
+            if isinstance(row, Move) and key.startswith(row.source) and not through.startswith(row.source):
+                return True
+        return False
+
+    def blocked(self, seq: int) -> bool:
+        """Return whether an earlier operation, or one under way, touches the same keys: it goes first."""
+        for key in touched_keys(self.rows[seq]):
+            if self._touched_before(seq, key, is_tree(self.rows[seq], key)):
+                return True
+        return False
+
+    def _touched_before(self, seq: int, key: bytes, whole_tree: bool) -> bool:
+        if any(other < seq for other in self._by_key.get(key, ())):
+            return True
+        if any(other < seq and _overlaps(key, trees) for other, trees in self._trees.items()):
+            return True
+        for other, keys in self.running.items():
+            if other != seq and any(_same_place(key, running) for running in keys):
+                return True
+        return whole_tree and self._below_before(seq, key)
+
+    def _below_before(self, seq: int, prefix: bytes) -> bool:
+        if self._keys_below[prefix] == 0:
+            return False
+        return any(
+            other < seq and any(key.startswith(prefix) for key in touched_keys(row))
+            for other, row in self.rows.items()
+        )
+
+
+def path_of(row: Pending) -> bytes | None:
+    """Return the path that the row stands for, None for one that stands for none."""
+    return None if isinstance(row, Delete | Orphan) else row.path
+
+
+def is_tree(row: Pending, key: bytes) -> bool:
+    """Return whether the operation concerns all below *key*. A directory's marker goes last."""
+    return key.endswith(b"/") and isinstance(row, Move | Delete)
+
+
+def prefixes(key: bytes) -> Iterator[bytes]:
+    """Yield the prefixes of *key* that end in "/", itself not among them."""
+    end = len(key) - 1 if key.endswith(b"/") else len(key)
+    while (slash := key.rfind(b"/", 0, end)) > 0:
+        yield key[: slash + 1]
+        end = slash
+
+
+def _overlaps(key: bytes, trees: tuple[bytes, ...]) -> bool:
+    return any(key.startswith(tree) for tree in trees)
+
+
+def _same_place(key: bytes, other: bytes) -> bool:
+    """Return whether two keys are one, or one is a directory that holds the other."""
+    if key == other:
+        return True
+    return (other.endswith(b"/") and key.startswith(other)) or (key.endswith(b"/") and other.startswith(key))
+
+
+def _discard(sets: defaultdict[bytes, set[int]], key: bytes, seq: int) -> None:
+    sets[key].discard(seq)
+    if not sets[key]:
+        del sets[key]
+
+
+def _count_down(counter: Counter[bytes], key: bytes) -> None:
+    counter[key] -= 1
+    if counter[key] <= 0:
+        del counter[key]
