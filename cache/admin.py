@@ -11,6 +11,7 @@ from cache.errors import SluiceError, UsageError
 from cache.model import ROOT_INODE, Inode
 from cache.mover import Mover
 from cache.records import Node, VersionRow
+from cache.write_admin import WriteAdmin
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -25,6 +26,7 @@ class Admin:
         self._mover = mover
         self._features = features
         self._supervisor_pid = supervisor_pid
+        self._writes = WriteAdmin(mover)
 
     async def handle(self, request: dict[str, Any], progress: Progress) -> Any:
         """Return the verb's result, as JSON values. Raises SluiceError."""
@@ -40,6 +42,14 @@ class Admin:
                 return self._hidden(int(request.get("limit", 1000)))
             case "drain":
                 return await self._drain(progress)
+            case "queue":
+                return self._writes.queue(max(0, int(request.get("limit", 1000))))
+            case "retry":
+                return await self._writes.retry(list(request.get("paths", ())))
+            case "resolve":
+                return await self._writes.resolve(list(request["paths"]), request["keep"])
+            case "sync":
+                return await self._writes.sync(list(request["paths"]), progress)
             case verb:
                 raise UsageError(f"no such verb: {verb}")
 
@@ -101,8 +111,8 @@ class Admin:
                 "evicted": mover.residency.evicted_bytes,
             },
             "namespace": mover.index.entries(),
-            "dirty_bytes": 0,
-            "uploads": {"waiting": 0, "under_way": 0, "failed": 0},
+            "dirty_bytes": mover.uploader.dirty_bytes if mover.uploader is not None else 0,
+            "uploads": self._writes.uploads(),
             "sets": [],
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -18,15 +19,31 @@ _RECEIVE_BYTES = 256 << 10
 _RECONNECT_S = 0.05
 _ANSWER_S_MAX = 3600.0  # Ten million keys take that long to list. Reads fail far earlier, at the mover.
 
+_OWN_ID = 1 << 63  # Of the ids that are made here.
+
 OnInvalidate = Callable[[list[tuple[int, bytes]]], None]
 
 
 class MoverClient(Protocol):
-    async def ask(self, request: messages.Request) -> Answer:
-        """Return the answer. Raises what the mover raised, or MoverUnavailable."""
+    async def ask(self, request: messages.Request, id: int = 0) -> Answer:
+        """Return the answer. Raises what the mover raised, or MoverUnavailable.
+
+        *id* names a Change (see `Asked`); 0 has one made, under which it is asked again should the
+        mover die, but not by another worker should this one.
+        """
 
     def tell(self, request: messages.Request) -> None:
         """Send what needs no answer; it may be lost when the mover dies."""
+
+
+def id_of(request: messages.Request, id: int) -> int:
+    """Return the id to send *request* with: none but a Change needs one.
+
+    The kernel's own never have the top bit. 63 random bits are not given twice in a mount's life.
+    """
+    if id or not isinstance(request, messages.Change):
+        return id
+    return _OWN_ID | secrets.randbits(63)
 
 
 class SocketMoverClient:
@@ -38,19 +55,20 @@ class SocketMoverClient:
         self._patience_s = patience_s
         self._heard_s = 0.0  # When a mover last answered, or a request began to wait for one.
         self._on_invalidate = on_invalidate
-        self._asked: dict[int, tuple[messages.Request, trio.Event]] = {}
+        self._asked: dict[int, tuple[messages.Asked, trio.Event]] = {}
         self._answers: dict[int, Answer] = {}
         self._number = 0
         self._out = bytearray()
         self._wake = trio.Event()
 
-    async def ask(self, request: messages.Request) -> Answer:
+    async def ask(self, request: messages.Request, id: int = 0) -> Answer:
         self._number += 1
         number, arrived = self._number, trio.Event()
         if not self._asked:
             self._heard_s = trio.current_time()
-        self._asked[number] = (request, arrived)
-        self._send(messages.Asked(number, request))
+        asked = messages.Asked(number, request, id_of(request, id))
+        self._asked[number] = (asked, arrived)
+        self._send(asked)
         try:
             with trio.fail_after(_ANSWER_S_MAX):
                 await arrived.wait()
@@ -102,8 +120,8 @@ class SocketMoverClient:
     def _ask_again(self) -> None:
         """Forget what was on its way, and send all that is unanswered on the new connection."""
         self._out.clear()
-        for number, (request, _) in self._asked.items():
-            self._out += messages.frame(messages.Asked(number, request))
+        for asked, _ in self._asked.values():
+            self._out += messages.frame(asked)
         self._wake.set()
 
     async def _read(self, stream: trio.SocketStream) -> None:
@@ -138,13 +156,13 @@ class LocalMoverClient:
     """The same without a socket, for `--workers 0`: requests are function calls."""
 
     def __init__(
-        self, handle: Callable[[messages.Request], Awaitable[Answer]], nursery: trio.Nursery
+        self, handle: Callable[[messages.Request, int], Awaitable[Answer]], nursery: trio.Nursery
     ) -> None:
         self._handle = handle
         self._nursery = nursery
 
-    async def ask(self, request: messages.Request) -> Answer:
-        return await self._handle(request)
+    async def ask(self, request: messages.Request, id: int = 0) -> Answer:
+        return await self._handle(request, id_of(request, id))
 
     def tell(self, request: messages.Request) -> None:
-        self._nursery.start_soon(self._handle, request)
+        self._nursery.start_soon(self._handle, request, 0)

@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import trio
 
-from cache.errors import CacheError
+from cache.errors import CacheError, SluiceError
 from cache.index import Index, IndexWriter
 
-Change = Callable[[IndexWriter], None]
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+Change = Callable[[IndexWriter], T]
 
 
-class _Waiter:
-    __slots__ = ("change", "done", "error")
+class _Waiter(Generic[T]):
+    __slots__ = ("change", "done", "error", "result")
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: Change[T]) -> None:
         self.change = change
         self.done = trio.Event()
-        self.error: CacheError | None = None
+        self.result: T | None = None
+        self.error: SluiceError | None = None
+
+    def apply(self, writer: IndexWriter) -> None:
+        """Carry out the change. What it refuses before its first write concerns nobody else."""
+        try:
+            self.result = self.change(writer)
+        except SluiceError as error:
+            self.error = error
 
 
 class Committer:
-    """The mover's one way to change the index. `run` must be started in the mover's nursery."""
+    """The mover's one way to change the index. `run` must be started in the mover's nursery.
 
-    def __init__(self, index: Index) -> None:
+    *on_rollback* is called after a transaction that failed: what its changes did to memory besides
+    is to be taken back there.
+    """
+
+    def __init__(self, index: Index, on_rollback: Callable[[], None] = lambda: None) -> None:
         self._index = index
-        self._pending: list[_Waiter] = []
+        self.on_rollback = on_rollback
+        self._pending: list[_Waiter[Any]] = []
         self._wake = trio.Event()
 
-    async def commit(self, change: Change) -> None:
-        """Apply *change* and return when it is committed. Raises CacheError.
+    async def commit(self, change: Change[T]) -> T:
+        """Apply *change* and return what it returned, once that is committed.
 
-        A change that was queued is applied even if the caller is cancelled while it waits.
+        Raises the SluiceError that *change* raised, which it may before its first write: the others
+        of the transaction are committed then. Raises CacheError when the transaction failed. A change
+        that was queued is applied even if the caller is cancelled while it waits.
         """
         waiter = _Waiter(change)
         self._pending.append(waiter)
@@ -40,8 +60,18 @@ class Committer:
         await waiter.done.wait()
         if waiter.error is not None:
             raise waiter.error
+        return waiter.result  # type: ignore[return-value]  # Set where there is no error.
 
-    def commit_nowait(self, change: Change) -> None:
+    def commit_now(self, change: Change[T]) -> T:
+        """Do what `commit` does at once, with all that waits: for what may not await in between."""
+        waiter = _Waiter(change)
+        self._pending.append(waiter)
+        self.flush()
+        if waiter.error is not None:
+            raise waiter.error
+        return waiter.result  # type: ignore[return-value]  # Set where there is no error.
+
+    def commit_nowait(self, change: Change[object]) -> None:
         """Apply *change* with the next transaction; failures show in the log only."""
         self._pending.append(_Waiter(change))
         self._wake.set()
@@ -49,18 +79,28 @@ class Committer:
     async def run(self) -> None:
         while True:
             await self._wake.wait()
+            self._wake = trio.Event()
             self.flush()
 
     def flush(self) -> None:
-        self._wake = trio.Event()
+        """Commit what waits, now; `run` may find nothing left then."""
         waiters, self._pending = self._pending, []
-        error: CacheError | None = None
         try:
             with self._index.write() as writer:
                 for waiter in waiters:
-                    waiter.change(writer)
-        except CacheError as failure:
+                    waiter.apply(writer)
+        except Exception as failure:
+            self._fail(waiters, failure)
+        for waiter in waiters:
+            waiter.done.set()
+
+    def _fail(self, waiters: list[_Waiter[Any]], failure: Exception) -> None:
+        """Nothing of the transaction happened: tell all who wait, even those who were refused."""
+        if isinstance(failure, CacheError):
             error = failure
+        else:  # A fault of ours fails these changes, not every mount's mover.
+            log.exception("a change of the index failed, and %d with it", len(waiters) - 1)
+            error = CacheError(f"{type(failure).__name__}: {failure}")
         for waiter in waiters:
             waiter.error = error
-            waiter.done.set()
+        self.on_rollback()

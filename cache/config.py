@@ -60,7 +60,7 @@ class MountConfig:
     mountpoint: Path
     caches: tuple[CacheDirectory, ...]  # At least one; the first also holds index, lock and log.
     dram_bytes: int = 0  # 0: no DRAM tier.
-    read_only: bool = True
+    read_only: bool = False
     durability: tuple[tuple[str, str], ...] = ()  # (pattern, "local" or "remote"); the first that fits.
     durability_default: str = "local"
     dirty_bytes_max: int | None = None  # None: half of what is free when the mount starts.

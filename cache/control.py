@@ -15,6 +15,15 @@ ls      {"paths": [...], "recursive": bool, "limit": int}
                                "victim_rank": int|null}], "errors": [{"path", "error"}], "truncated": bool}
 evict   {"paths": [...]}   -> {"objects": int, "bytes": int, "errors": [{"path", "error"}]}
 hidden  {"limit": int}     -> {"count": int, "keys": [{"key", "reason"}]}
+queue   {"limit": int}     -> {"entries": [{"path", "operation": "put"|"mark"|"delete"|"move"|"restate",
+                               "state": "open"|"waiting"|"running"|"retrying"|"conflict"|"failed",
+                               "bytes", "sent", "error", "since" (unix)}], "total": int, "dirty_bytes": int}
+retry   {"paths": [...]}   -> {"retried": int}; no paths: all that failed
+resolve {"paths": [...], "keep": "ours"|"theirs"}
+                           -> {"errors": [{"path", "error"}]}
+sync    {"paths": [...]}   -> with progress {"done", "total", "unit", "left": int, "trouble": str|null}:
+                              {"receipts": [{"path", "key", "etag", "size", "checksum", "time" (unix)}],
+                               "errors": [{"path", "error"}]}
 drain   {}                 -> with progress: moves what DRAM holds to the NVMe tiers; {"bytes": int}
 """
 

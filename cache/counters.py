@@ -20,6 +20,7 @@ NAMES = (
     "bytes_nvme",
     "bytes_lake",  # The reader waited for the lake.
     "bytes_through",  # Passed through without being cached.
+    "bytes_written",  # Into staging files.
     "waits",  # Requests that waited for the lake, and for how long in all.
     "wait_us",
     "errors",
@@ -27,6 +28,27 @@ NAMES = (
     "pid",
 )
 _PLACE = {name: place for place, name in enumerate(NAMES)}
+
+
+class WriteBudget:
+    """How much all workers together may write before they have to wait, in shared memory.
+
+    The mover sets it, the workers compare it with the sum of their `bytes_written`.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+        self._cell = memoryview(self._memory).cast("Q")
+        self._cell[0] = (1 << 64) - 1
+
+    @property
+    def allowed_until(self) -> int:
+        """Return up to which sum of `bytes_written` nobody waits."""
+        return self._cell[0]
+
+    @allowed_until.setter
+    def allowed_until(self, bytes_written: int) -> None:
+        self._cell[0] = bytes_written
 
 
 class Counters:
@@ -43,6 +65,10 @@ class Counters:
         width = len(NAMES)
         cells = self._cells.tolist()
         return {name: sum(cells[place::width]) for name, place in _PLACE.items() if name != "pid"}
+
+    def total(self, name: str) -> int:
+        """Return the sum of one counter: cheaper than all `totals`."""
+        return sum(self._cells[_PLACE[name] :: len(NAMES)])
 
     def pids(self) -> list[int]:
         """Return the pid in each row; 0 where no process has written it."""

@@ -3,7 +3,7 @@
 Only the mover writes; workers read, each call in a short transaction of its own. Commits are not
 synced: the index can be rebuilt. An environment is opened after the fork, once in each process.
 
-  meta         b"next_inode", b"lake", b"boot", b"clean"
+  meta         b"next_inode", b"next_staged", b"lake", b"boot", b"clean"
   nodes        inode -> Node
   children     parent inode + name -> inode
   directories  inode -> DirectoryState          (absent: never listed)
@@ -18,6 +18,7 @@ synced: the index can be rebuilt. An environment is opened after the fork, once 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,15 @@ import lmdb
 import msgspec
 
 from cache.errors import CacheError, UsageError
-from cache.model import KIND_DIRECTORY, ROOT_INODE, GroupIndex, Inode, VersionId
+from cache.model import (
+    KIND_DIRECTORY,
+    KIND_SYMLINK,
+    ROOT_INODE,
+    SYMLINK_SUFFIX,
+    GroupIndex,
+    Inode,
+    VersionId,
+)
 from cache.records import (
     DirectoryState,
     Group,
@@ -105,6 +114,23 @@ class Index:
         assert node is not None, (parent, name)
         return as_inode(packed), decode_node(node)
 
+    def answer(self, id: int) -> bytes | None:
+        """Return the packed answer of the change *id*, None for one that has not happened."""
+        with self.env.begin() as txn:
+            packed = txn.get(id.to_bytes(8, "big"), db=self._dbs["answers"])
+        return None if packed is None else bytes(packed[8:])
+
+    def answer_ids(self) -> list[int]:
+        """Return the ids of the changes whose answers are kept, oldest first."""
+        with self.env.begin() as txn, txn.cursor(db=self._dbs["answers"]) as cursor:
+            found = sorted((bytes(packed[:8]), bytes(key)) for key, packed in cursor)
+        return [int.from_bytes(key, "big") for _, key in found]
+
+    def answers_given(self) -> int:
+        """Return the number that the next answer gets: they are kept in this order."""
+        with self.env.begin() as txn, txn.cursor(db=self._dbs["answers"]) as cursor:
+            return max((int.from_bytes(packed[:8], "big") + 1 for _, packed in cursor), default=0)
+
     def children(self, parent: int, after: bytes, limit: int) -> list[tuple[Inode, Node]]:
         """Return up to *limit* entries in byte order, from the first one behind *after* on."""
         found: list[tuple[Inode, Node]] = []
@@ -135,16 +161,18 @@ class Index:
 
     def path_of(self, inode: int) -> bytes:
         """Return the path below the root, without a leading slash; b"" is the root."""
-        names: list[bytes] = []
         with self.env.begin() as txn:
-            while inode != ROOT_INODE:
-                packed = txn.get(inode_key(inode), db=self._nodes)
-                if packed is None:
-                    raise CacheError(f"index: inode {inode} has no node")
-                node = decode_node(packed)
-                names.append(node.name)
-                inode = node.parent
-        return b"/".join(reversed(names))
+            return b"/".join(node.name for node in _nodes_down_to(txn, self._nodes, inode))
+
+    def key_of(self, inode: int) -> bytes:
+        """Return where the lake has it, or would have it; a directory's without a slash at the end."""
+        with self.env.begin() as txn:
+            return _key_of(_nodes_down_to(txn, self._nodes, inode))
+
+    def pending_rows(self) -> list[tuple[int, bytes]]:
+        """Return the sequence numbers and packed rows of what is pending, the earliest first."""
+        with self.env.begin() as txn, txn.cursor(db=self._dbs["pending"]) as cursor:
+            return [(int.from_bytes(key, "big"), bytes(packed)) for key, packed in cursor]
 
     def hidden(self, limit: int) -> tuple[int, list[HiddenKey]]:
         """Return how many keys no path can show, and the first *limit* of them."""
@@ -237,6 +265,18 @@ class IndexWriter:
         if self._txn.get(inode_key(ROOT_INODE), db=self._dbs["nodes"]) is None:
             self.put_node(ROOT_INODE, Node(parent=ROOT_INODE, name=b"", kind=KIND_DIRECTORY))
 
+    def node(self, inode: int) -> Node | None:
+        packed = self._txn.get(inode_key(inode), db=self._dbs["nodes"])
+        return None if packed is None else decode_node(packed)
+
+    def path_of(self, inode: int) -> bytes:
+        """Return what `Index.path_of` does, with the changes of this transaction."""
+        return b"/".join(node.name for node in _nodes_down_to(self._txn, self._dbs["nodes"], inode))
+
+    def key_of(self, inode: int) -> bytes:
+        """Return where the lake has it, or would have it; a directory without a slash at the end."""
+        return _key_of(_nodes_down_to(self._txn, self._dbs["nodes"], inode))
+
     def child(self, parent: int, name: bytes) -> tuple[Inode, Node] | None:
         packed = self._txn.get(child_key(parent, name), db=self._dbs["children"])
         if packed is None:
@@ -268,6 +308,36 @@ class IndexWriter:
         if packed is not None:
             self._changed_directories.add(parent)
             self._txn.put(packed, b"", db=self._dbs["detached"])
+
+    def move(self, inode: int, node: Node) -> None:
+        """Give *inode* the parent and name of *node*, and all else of it. The name must be free."""
+        old, key = self.node(inode), child_key(node.parent, node.name)
+        assert old is not None and self._txn.get(key, db=self._dbs["children"]) is None, (inode, node)
+        self._txn.delete(child_key(old.parent, old.name), db=self._dbs["children"])
+        self._txn.put(key, inode_key(inode), db=self._dbs["children"])
+        self._changed_directories.update((old.parent, node.parent))
+        self.put_node(inode, node)
+
+    def touch(self, directory: int, now_ns: int, entries: int) -> None:
+        """Note that the mount changed a directory's entries, whose number grew by *entries*."""
+        node, state = self.node(directory), self.directory(directory)
+        if node is not None:
+            self.put_node(directory, msgspec.structs.replace(node, mtime_ns=now_ns))
+        if state is not None and entries:
+            count = max(0, state.entries + entries)
+            self.set_directory(directory, msgspec.structs.replace(state, entries=count))
+
+    def is_detached(self, inode: int) -> bool:
+        return self._txn.get(inode_key(inode), db=self._dbs["detached"]) is not None
+
+    def forget(self, inode: int) -> None:
+        """Remove a detached node that nobody has open, a directory's entries included."""
+        for child, name in list(self.names(inode)):
+            self._txn.delete(child_key(inode, name), db=self._dbs["children"])
+            self.forget(child)
+        for db in ("detached", "directories", "nodes"):
+            self._txn.delete(inode_key(inode), db=self._dbs[db])
+        self.clear_hidden(inode)
 
     def names(self, parent: int) -> Iterator[tuple[Inode, bytes]]:
         """Yield (inode, name) of all entries. Don't change `children` before it ends."""
@@ -356,6 +426,54 @@ class IndexWriter:
 
     def remove_pending(self, seq: int) -> None:
         self._txn.delete(seq.to_bytes(8, "big"), db=self._dbs["pending"])
+
+    def clear_pending(self) -> None:
+        self._txn.drop(self._dbs["pending"], delete=False)
+
+    def answer(self, id: int) -> bytes | None:
+        """Return what was kept with `put_answer`."""
+        packed = self._txn.get(id.to_bytes(8, "big"), db=self._dbs["answers"])
+        return None if packed is None else bytes(packed[8:])
+
+    def put_answer(self, id: int, number: int, packed: bytes) -> None:
+        numbered = number.to_bytes(8, "big") + packed
+        self._txn.put(id.to_bytes(8, "big"), numbered, db=self._dbs["answers"])
+
+    def remove_answer(self, id: int) -> None:
+        self._txn.delete(id.to_bytes(8, "big"), db=self._dbs["answers"])
+
+    def clear_answers(self) -> None:
+        self._txn.drop(self._dbs["answers"], delete=False)
+
+    def take_staged_number(self) -> int:
+        """Return the number of the next staging file. None is given twice."""
+        number = int.from_bytes(self._txn.get(b"next_staged", db=self._dbs["meta"]) or b"\1", "big")
+        self.set_meta(b"next_staged", (number + 1).to_bytes(8, "big"))
+        return number
+
+
+def _nodes_down_to(txn: lmdb.Transaction, nodes: lmdb._Database, inode: int) -> list[Node]:
+    """Return the nodes from below the root to *inode*. Raises CacheError where one is missing."""
+    found: list[Node] = []
+    while inode != ROOT_INODE:
+        packed = txn.get(inode_key(inode), db=nodes)
+        if packed is None:
+            raise CacheError(f"index: inode {inode} has no node")
+        found.append(decode_node(packed))
+        inode = found[-1].parent
+    return found[::-1]
+
+
+def _key_of(nodes: list[Node]) -> bytes:
+    """Return the key of the last of *nodes*, which lead to it from below the root."""
+    key = b""
+    for node in nodes:
+        if node.origin:
+            key = node.origin.rstrip(b"/")
+        else:
+            name = node.name + os.fsencode(SYMLINK_SUFFIX) if node.kind == KIND_SYMLINK else node.name
+            key = key + b"/" + name if key else name
+    return key
 
 
 def remove_index(directory: Path) -> None:

@@ -7,14 +7,14 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import trio
 
 from cache.engine import Engine
 from cache.errors import LakeError, LakeUnavailable
-from cache.lake.base import Body, Lake, ListPage
+from cache.lake.base import Body, Lake, ListPage, Part
 from cache.model import ObjectInfo, ObjectVersion
 from cache.policy.retry import RetryPolicy
 
@@ -41,12 +41,14 @@ class LakeIO:
         self.has_given_up = False  # A request used its retries up, and none has succeeded since.
         self._warned_at_s = -_WARN_EVERY_S
 
-    async def list_page(self, prefix: str, token: str | None, keys_max: int = 1000) -> ListPage:
-        """Return one page, rolled up at "/". Raises LakeError once the retries are used up."""
+    async def list_page(
+        self, prefix: str, token: str | None, keys_max: int = 1000, *, delimiter: bool = True
+    ) -> ListPage:
+        """Return one page, rolled up at "/" or flat. Raises LakeError once the retries are used up."""
 
         def call() -> ListPage:
             self._count("list")
-            return self.lake.list_page(prefix, delimiter=True, token=token, keys_max=keys_max)
+            return self.lake.list_page(prefix, delimiter=delimiter, token=token, keys_max=keys_max)
 
         return await self.retrying("list", prefix, lambda: self._engine.run(call))
 
@@ -56,6 +58,94 @@ class LakeIO:
             return self.lake.head(key)
 
         return await self.retrying("head", key, lambda: self._engine.run(call))
+
+    # Changes. An answer may be lost: what was asked for can have happened although these raise.
+
+    async def put(
+        self,
+        key: str,
+        body: Body,
+        metadata: Mapping[str, str],
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> ObjectInfo:
+        def call() -> ObjectInfo:
+            self._count("put")
+            info = self.lake.put(key, body, metadata=metadata, if_match=if_match, if_none_match=if_none_match)
+            self._count_sent(body)
+            return info
+
+        return await self.retrying("put", key, lambda: self._engine.run(call))
+
+    async def start_multipart(self, key: str, metadata: Mapping[str, str]) -> str:
+        def call() -> str:
+            self._count("put")
+            return self.lake.start_multipart(key, metadata=metadata)
+
+        return await self.retrying("start of an upload", key, lambda: self._engine.run(call))
+
+    async def put_part(self, key: str, upload_id: str, number: int, body: Body) -> Part:
+        def call() -> Part:
+            self._count("put")
+            part = self.lake.put_part(key, upload_id, number, body)
+            self._count_sent(body)
+            return part
+
+        return await self.retrying(f"part {number}", key, lambda: self._engine.run(call))
+
+    async def list_parts(self, key: str, upload_id: str) -> list[Part]:
+        """Raises ObjectMissing for an upload that the lake does not know (any more)."""
+
+        def call() -> list[Part]:
+            self._count("list")
+            return self.lake.list_parts(key, upload_id)
+
+        return await self.retrying("list of parts", key, lambda: self._engine.run(call))
+
+    async def complete_multipart(
+        self,
+        key: str,
+        upload_id: str,
+        parts: Sequence[Part],
+        *,
+        if_match: str | None = None,
+        if_none_match: bool = False,
+    ) -> ObjectInfo:
+        def call() -> ObjectInfo:
+            self._count("put")
+            return self.lake.complete_multipart(
+                key, upload_id, parts, if_match=if_match, if_none_match=if_none_match
+            )
+
+        return await self.retrying("end of an upload", key, lambda: self._engine.run(call))
+
+    async def abort_multipart(self, key: str, upload_id: str) -> None:
+        def call() -> None:
+            self._count("delete")
+            self.lake.abort_multipart(key, upload_id)
+
+        await self.retrying("end of an upload", key, lambda: self._engine.run(call))
+
+    async def copy(
+        self, source: ObjectVersion, key: str, metadata: Mapping[str, str] | None = None
+    ) -> ObjectInfo:
+        """Copy on the lake's side, or change the metadata in place. As `Lake.copy`."""
+
+        def call() -> ObjectInfo:
+            self._count("copy")
+            return self.lake.copy(source, key, metadata=metadata)
+
+        return await self.retrying("copy", source.key, lambda: self._engine.run(call))
+
+    async def delete_many(self, keys: Sequence[str]) -> dict[str, LakeError]:
+        """Delete up to a thousand keys in one request; return those that failed, unretried."""
+
+        def call() -> dict[str, LakeError]:
+            self._count("delete")
+            return self.lake.delete_many(keys)
+
+        return await self._engine.run(call)
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run a blocking *call* in a lake thread, without retries."""
@@ -73,6 +163,10 @@ class LakeIO:
     def _count(self, verb: str) -> None:
         with self._counting:
             self.requests[verb] += 1
+
+    def _count_sent(self, body: Body) -> None:
+        with self._counting:
+            self.bytes_sent += memoryview(body).nbytes
 
     async def retrying(self, verb: str, key: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """Return what *attempt* returns, trying again as the policy says."""

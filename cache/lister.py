@@ -6,7 +6,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -17,9 +18,12 @@ from cache.index import Index, IndexWriter
 from cache.lake.base import ListPage
 from cache.lake_io import LakeIO
 from cache.listing import Changed, ListingInProgress, node_of, put_directory, put_file
-from cache.model import ROOT_INODE, Inode, ObjectInfo
+from cache.model import ROOT_INODE, SYMLINK_SUFFIX, Inode, ObjectInfo
+from cache.overlay import Overlay, is_kept, prefix_of
+from cache.pending import PendingTable
 from cache.policy.freshness import Freshness
 from cache.policy.names import why_no_name
+from cache.records import Node
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,15 @@ class ListFlight:
     finished: bool = False
 
 
+@dataclass
+class FoundKey:
+    """What the lake has under *key*: an object (a symlink's has another key), or keys below it."""
+
+    key: str
+    info: ObjectInfo | None = None
+    is_directory: bool = False
+
+
 class Lister:
     def __init__(
         self,
@@ -55,13 +68,16 @@ class Lister:
         committer: Committer,
         freshness: Freshness,
         on_changed: trio.MemorySendChannel[Changed],
+        pending: PendingTable | None = None,
     ) -> None:
+        """*pending*: what the mount shows that the lake does not know yet; None on read-only mounts."""
         self._nursery = nursery
         self._lake = lake
         self._index = index
         self._committer = committer
         self._freshness = freshness
         self._on_changed = on_changed
+        self._pending = pending or PendingTable()
         self._flights: dict[Inode, ListFlight] = {}
         self._key_lookups: Counter[Inode] = Counter()  # Since the directory was listed last.
         self._read_at_s: dict[Inode, float] = {}  # Directories that somebody read lately.
@@ -114,6 +130,8 @@ class Lister:
         While the lake is away, what it said last counts. Raises LakeError.
         """
         known = self._index.child(parent, name)
+        if known is not None and self._is_local(*known):
+            return True
         is_known = known is not None or self._index.directory(parent) is not None
         if is_known and self._answers_for_the_lake(parent):
             return known is not None
@@ -144,43 +162,61 @@ class Lister:
         return await self.refresh_entry(parent, name)
 
     async def refresh_entry(self, parent: Inode, name: bytes) -> bool:
-        """Ask the lake what this one name is: an object, a prefix, or nothing."""
+        """Ask the lake what this one name is: an object, a prefix, a symlink's object, or nothing."""
         part = os.fsdecode(name)
         if why_no_name(part) is not None:
             return False
-        key = os.fsdecode(self._index.path_of(parent))
-        key = f"{key}/{part}" if key else part
-        info: ObjectInfo | None = None
-        page: ListPage | None = None
+        known = self._index.child(parent, name)
+        if known is not None and self._is_local(*known):
+            return True
+        changed: Changed = []
         asked_at_s = time.time()
+        with self._overlay(parent) as (overlay, prefix):
+            found = await self._ask_for_key(os.fsdecode(prefix) + part)
+
+            def apply(w: IndexWriter) -> None:
+                if overlay.settle(w) and not overlay.leaves_alone(name):
+                    _put_found(w, parent, name, found, overlay, changed, asked_at_s)
+
+            await self._committer.commit(apply)
+        await self._tell(changed)
+        return self._index.child(parent, name) is not None
+
+    async def _ask_for_key(self, key: str) -> FoundKey:
+        """Return what the lake has under *key*. Raises LakeError."""
+        found = FoundKey(key)
 
         async def head() -> None:
-            nonlocal info
-            try:
-                info = await self._lake.head(key)
-            except ObjectMissing:
-                pass
+            found.info = await self._head(key)
 
         async def list_below() -> None:
-            nonlocal page
             page = await self._lake.list_page(f"{key}/", None, keys_max=2)
+            found.is_directory = bool(page.objects or page.prefixes)
 
         await _both(head, list_below)
-        is_directory = page is not None and bool(page.objects or page.prefixes)
-        changed: Changed = []
+        if found.info is None and not found.is_directory:
+            found.info = await self._head(key + SYMLINK_SUFFIX)
+        return found
 
-        def apply(w: IndexWriter) -> None:
-            if is_directory:
-                put_directory(w, parent, name, changed, asked_at_s)
-            elif info is not None:
-                put_file(w, node_of(parent, name, info, asked_at_s), changed)
-            elif w.child(parent, name) is not None:
-                w.detach(parent, name)
-                changed.append((parent, name))
+    async def _head(self, key: str) -> ObjectInfo | None:
+        try:
+            return await self._lake.head(key)
+        except ObjectMissing:
+            return None
 
-        await self._committer.commit(apply)
-        await self._tell(changed)
-        return is_directory or info is not None
+    def _is_local(self, inode: Inode, node: Node) -> bool:
+        """Return whether the mount shows the entry whatever the lake says."""
+        if node.staged or node.origin:
+            return True
+        path = self._index.path_of(inode)
+        return self._pending.keeps(path) if node.is_directory else is_kept(self._pending, path)
+
+    @contextmanager
+    def _overlay(self, inode: Inode) -> Iterator[tuple[Overlay, bytes]]:
+        """Yield what lies over a directory from now on, and the prefix of its keys."""
+        prefix, path_prefix = prefix_of(self._index.key_of(inode)), prefix_of(self._index.path_of(inode))
+        with self._pending.watch(prefix, path_prefix) as watch:
+            yield Overlay(self._pending, watch, inode, prefix), prefix
 
     def _is_listed(self, inode: Inode) -> bool:
         state = self._index.directory(inode)
@@ -212,20 +248,25 @@ class Lister:
             flight.first_page.set()
 
     async def _list(self, inode: Inode, flight: ListFlight) -> None:
-        path = os.fsdecode(self._index.path_of(inode))
-        prefix = f"{path}/" if path else ""
-        listing = ListingInProgress(self._index, inode, prefix, time.time())
+        """List the directory; anew if it was moved meanwhile: its keys are others then."""
+        is_listed = False
+        while not is_listed:
+            with self._overlay(inode) as (overlay, prefix):
+                listing = ListingInProgress(inode, os.fsdecode(prefix), overlay, time.time())
+                await self._list_below(os.fsdecode(prefix), listing, flight)
+            await self._tell(listing.changed)
+            is_listed = not listing.is_stale
+
+    async def _list_below(self, prefix: str, listing: ListingInProgress, flight: ListFlight) -> None:
         page = await self._lake.list_page(prefix, None)
         while page.next_token is not None:
             following = await self._apply_and_get_next(listing, page, prefix, flight)
-            if following is None:
-                await self._tell(listing.changed)
+            if following is None or listing.is_stale:
                 return
             page = following
         await self._committer.commit(lambda w: listing.apply(w, page))
         await self._committer.commit(lambda w: listing.finish(w, time.time()))
-        flight.finished = True
-        await self._tell(listing.changed)
+        flight.finished = not listing.is_stale
 
     async def _apply_and_get_next(
         self, listing: ListingInProgress, page: ListPage, prefix: str, flight: ListFlight
@@ -293,6 +334,29 @@ class Lister:
                     await flight.done.wait()  # An error shows to whoever asks for it.
         finally:
             self._ahead.discard(inode)
+
+
+def _put_found(
+    w: IndexWriter,
+    parent: Inode,
+    name: bytes,
+    found: FoundKey,
+    overlay: Overlay,
+    changed: Changed,
+    asked_at_s: float,
+) -> None:
+    """Make *name* show what was found, as far as the mount does not know better."""
+    known = w.child(parent, name)
+    if known is not None and overlay.is_local(known[1]):
+        return
+    info = found.info
+    if found.is_directory and not overlay.hides(os.fsencode(found.key) + b"/"):
+        put_directory(w, parent, name, changed, asked_at_s)
+    elif info is not None and not overlay.hides(os.fsencode(info.version.key)):
+        put_file(w, overlay.dressed(node_of(parent, name, info, asked_at_s)), changed)
+    elif known is not None and not overlay.may_come_later(name):
+        w.detach(parent, name)
+        changed.append((parent, name))
 
 
 async def _both(one: Callable[[], Awaitable[None]], other: Callable[[], Awaitable[None]]) -> None:

@@ -52,11 +52,13 @@ class ObjectVersion:
     """What a key held at one time. Immutable: another ETag is another version.
 
     *key* is relative to the lake's prefix. *etag* is as the lake sent it, quotes included.
+    *cached_id*: of the object that it was moved from within the lake, whose cached bytes it shares.
     """
 
     key: str
     etag: str
     size_bytes: int
+    cached_id: bytes = field(default=b"", compare=False)
 
     def __post_init__(self) -> None:
         assert self.size_bytes >= 0, self
@@ -64,6 +66,8 @@ class ObjectVersion:
     @cached_property
     def id(self) -> VersionId:
         """Return the 16 bytes that name this version's files in the tiers."""
+        if self.cached_id:
+            return VersionId(self.cached_id)
         text = f"{self.size_bytes}\0{self.etag}\0{self.key}"
         digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16)
         return VersionId(digest.digest())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -17,16 +18,19 @@ from cache import messages
 from cache.committer import Committer
 from cache.config import MountConfig
 from cache.counters import Counters
+from cache.dispatching import UploadConfig
 from cache.engine import Engine
-from cache.errors import CacheError, ObjectChanged, ObjectMissing, SluiceError
+from cache.errors import CacheError, MountReadOnly, ObjectChanged, ObjectMissing, SluiceError
 from cache.fetcher import Fetcher
 from cache.index import Index, remove_index
+from cache.journaling import JournalKeeper
 from cache.lake.open import open_lake
 from cache.lake_io import LakeIO
 from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
 from cache.model import MIB, Inode, ObjectVersion
+from cache.pending import PendingTable
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -35,9 +39,21 @@ from cache.policy.retry import RetryPolicy
 from cache.records import Node
 from cache.residency import Residency
 from cache.restore import restore
+from cache.store import read_store_id
 from cache.tier import TierBudget, TierFiles
+from cache.uploader import Uploader
+from cache.write_path import (
+    Ledger,
+    Shared,
+    WritePath,
+    dirty_bytes_max,
+    load_table,
+    make_write_path,
+    open_ledger,
+)
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _DISK_THREADS = 6
 _LIST_THREADS = 12
@@ -72,24 +88,32 @@ class Mover:
     committer: Committer
     counters: Counters
     started_at_s: float
+    table: PendingTable
+    write_path: WritePath | None = None  # Neither on a read-only mount.
+    uploader: Uploader | None = None
 
     async def check_lake(self) -> None:
         """Raise what a mount would meet first: bucket, credentials, endpoint, TLS."""
         await self.lake_io.run(self.lake_io.lake.check)
 
-    async def handle(self, request: messages.Request) -> Answer:
-        """Carry out one request. Raises SluiceError for `messages.failure` to pack."""
+    async def handle(self, request: messages.Request, id: int = 0) -> Answer:
+        """Carry out one request. Raises SluiceError for `messages.failure` to pack.
+
+        *id* names a Change: see `messages.Asked`.
+        """
         match request:
             case messages.Lookup(parent, name):
                 return Answer(0, value=int(await self.lister.lookup(Inode(parent), name)))
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length):
-                async with self._noting_change(Inode(inode)):
-                    await self.fetcher.fetch(self._version(Inode(inode)), offset, length)
+                await self._of_version(
+                    Inode(inode), lambda version: self.fetcher.fetch(version, offset, length)
+                )
             case messages.ReadThrough(inode, offset, length):
-                async with self._noting_change(Inode(inode)):
-                    body = await self.fetcher.read_through(self._version(Inode(inode)), offset, length)
+                body = await self._of_version(
+                    Inode(inode), lambda version: self.fetcher.read_through(version, offset, length)
+                )
                 return Answer(0, body=bytes(body))
             case messages.Corrupt(vid, group):
                 await self.residency.drop(vid, group)
@@ -99,22 +123,50 @@ class Mover:
                 self.fetcher.read_seen(self._version(Inode(inode)), offset, length, stalled=False)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
+            case _:
+                return await self._write(request, id)
         return Answer(0)
 
-    @asynccontextmanager
-    async def _noting_change(self, inode: Inode) -> AsyncIterator[None]:
-        """Should the block find another version in the lake, have the inode's path show that one.
+    async def _write(
+        self,
+        request: messages.Change | messages.Stage | messages.Closed | messages.Sync | messages.AwaitRoom,
+        id: int,
+    ) -> Answer:
+        if self.write_path is None:
+            raise MountReadOnly("mounted with --read-only")
+        changes = self.write_path.changes
+        match request:
+            case messages.Stage(inode, keep_bytes):
+                number = await self._of_version(Inode(inode), lambda _: changes.stage(inode, keep_bytes))
+                return Answer(0, value=number)
+            case messages.Closed(inode):
+                await changes.closed(inode)
+            case messages.Sync(inode, length_bytes, remote):
+                await changes.sync(inode, length_bytes, remote)
+            case messages.AwaitRoom():
+                await changes.await_room()
+            case _:
+                return await changes.apply(request, id)
+        return Answer(0)
 
-        Else the path would be ESTALE until its ttl has passed, however often it is opened.
+    async def _of_version(self, inode: Inode, ask: Callable[[ObjectVersion], Awaitable[T]]) -> T:
+        """Return what *ask* does for the inode's version; ask again where that was moved meanwhile.
+
+        Should the lake turn out to have another one, the inode's path shows that from now on. Else it
+        would be ESTALE until its ttl has passed, however often it is opened.
         """
-        try:
-            yield
-        except (ObjectChanged, ObjectMissing):
-            if not self.index.is_detached(inode):
-                with suppress(SluiceError):  # What is told is that the version is gone.
-                    node = self._node(inode)
-                    await self.lister.refresh_entry(Inode(node.parent), node.name)
-            raise
+        while True:
+            version = self._version(inode)
+            try:
+                return await ask(version)
+            except (ObjectChanged, ObjectMissing):
+                if self.index.node(inode) is not None and self._version(inode) != version:
+                    continue
+                if not self.index.is_detached(inode):
+                    with suppress(SluiceError):  # What is told is that the version is gone.
+                        node = self._node(inode)
+                        await self.lister.refresh_entry(Inode(node.parent), node.name)
+                raise
 
     def _node(self, inode: Inode) -> Node:
         node = self.index.node(inode)
@@ -124,7 +176,7 @@ class Mover:
 
     def _version(self, inode: Inode) -> ObjectVersion:
         node = self._node(inode)
-        return ObjectVersion(os.fsdecode(self.index.path_of(inode)), node.etag, node.size_bytes)
+        return ObjectVersion(os.fsdecode(self.index.key_of(inode)), node.etag, node.size_bytes)
 
     async def save_usage_regularly(self) -> None:
         while True:
@@ -161,7 +213,7 @@ Serve = Callable[[Mover, trio.MemoryReceiveChannel[Changed]], Awaitable[Any]]
 
 
 async def run_mover(
-    config: MountConfig, plans: list[TierPlan], counters: Counters, serve: Serve, *, first: bool
+    config: MountConfig, plans: list[TierPlan], shared: Shared, serve: Serve, *, first: bool
 ) -> None:
     """Open lake and index, make the cache ready, and run *serve* until it returns.
 
@@ -174,15 +226,23 @@ async def run_mover(
     disk_engine = Engine("disk", _DISK_THREADS, reserved=2)
     lake = open_lake(config.lake)
     index = open_index(config.index_directory, may_rebuild=first)
-    committer = Committer(index)
+    table = PendingTable()
+    committer = Committer(index, partial(load_table, table, index))
     with index.write() as writer:
         writer.add_root()
         if first:
             writer.sweep_detached()
+            writer.clear_answers()  # The kernel's numbers start anew.
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
     residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine)
+    ledger = None
     try:
+        if config.read_only:
+            load_table(table, index)
+        else:
+            store_id = read_store_id(config.index_directory)
+            ledger = open_ledger(config.index_directory, store_id, index, table, first=first)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
             fetcher = Fetcher(
@@ -194,15 +254,28 @@ async def run_mover(
                 ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
             )
             freshness = Freshness(config.ttl_s, config.immutable)
-            lister = Lister(nursery, lake_io, index, committer, freshness, changed_send)
+            lister = Lister(nursery, lake_io, index, committer, freshness, changed_send, table)
             mover = Mover(
-                config, index, lake_io, residency, fetcher, lister, committer, counters, time.time()
+                config,
+                index,
+                lake_io,
+                residency,
+                fetcher,
+                lister,
+                committer,
+                shared.counters,
+                time.time(),
+                table,
             )
             await restore(residency, index, committer, disk_engine)
+            if ledger is not None:
+                mover.write_path = _start_writing(mover, nursery, ledger, disk_engine, shared)
             nursery.start_soon(residency.adopt_all)
             nursery.start_soon(residency.keep_dram_room)
             nursery.start_soon(mover.save_usage_regularly)
             await serve(mover, changed_receive)
+            if mover.write_path is not None:
+                await mover.write_path.settle()
             nursery.cancel_scope.cancel()
         residency.save_usage()
         committer.flush()
@@ -210,5 +283,52 @@ async def run_mover(
     finally:
         lake_engine.stop()
         disk_engine.stop()
+        if ledger is not None:
+            ledger.close()
         index.close()
         lake.close()
+
+
+def _start_writing(
+    mover: Mover, nursery: trio.Nursery, ledger: Ledger, disk_engine: Engine, shared: Shared
+) -> WritePath:
+    config = mover.config
+    keeper = JournalKeeper(ledger.table, ledger.journal, ledger.staging, disk_engine)
+    uploader = Uploader(
+        nursery,
+        mover.lake_io,
+        mover.index,
+        mover.committer,
+        ledger.table,
+        ledger.staging,
+        mover.residency,
+        shared.opens,
+        keeper,
+        UploadConfig(
+            config.upload_delay_s,
+            config.upload_open_delay_s,
+            config.upload_threads,
+            config.upload_bandwidth,
+            read_store_id(config.index_directory),
+        ),
+        mover.lister.refresh_entry,
+    )
+    write_path = make_write_path(
+        nursery,
+        ledger,
+        mover.index,
+        mover.committer,
+        mover.residency,
+        mover.fetcher,
+        mover.lister,
+        keeper,
+        uploader,
+        disk_engine,
+        shared,
+        config.dirty_bytes_max or dirty_bytes_max(config.index_directory),
+        (config.uid, config.gid),
+    )
+    write_path.start(nursery)
+    nursery.start_soon(uploader.run)
+    mover.uploader = uploader
+    return write_path

@@ -11,16 +11,21 @@ while a move is pending (`Node.origin`).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import msgspec
 
 from cache.index import IndexWriter
 from cache.model import SYMLINK_SUFFIX
 from cache.records import Attributes
+
+K = TypeVar("K")
 
 OPEN, SEALED, CONFLICT, FAILED = "open", "sealed", "conflict", "failed"
 ANY_ETAG = "*"  # As base_etag: whatever the lake has there is replaced.
@@ -48,8 +53,13 @@ class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
     sealed_at_s: float = 0.0
     upload_id: str = ""
     part_bytes: int = 0
-    upload_key: bytes = b""  # The multipart upload's, which a rename does not change.
+    # Set, with the ctime of what is sent, before the first byte leaves: the lake may have an object or an
+    # upload of ours under this key, whatever the path is by now. A rename does not change it; whoever
+    # takes the row away adds a Delete of it.
+    upload_key: bytes = b""
     error: str = ""
+    upload_ctime_ns: int = 0
+    uploaded: bytes = b""  # Of the state that the lake has under key and base_etag: see `upload_mark`.
 
     @property
     def key(self) -> bytes:
@@ -57,12 +67,16 @@ class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
 
 
 class Mark(msgspec.Struct, tag="mark", array_like=True, frozen=True):
-    """A directory whose marker, an empty object named like it with "/" at the end, is to be put."""
+    """A directory whose marker, an empty object named like it with "/" at the end, is to be put.
+
+    *is_new*: the directory was made here, and the lake has never had its marker.
+    """
 
     path: bytes
     inode: int
     attributes: Attributes | None = None
     error: str = ""
+    is_new: bool = False
 
     @property
     def key(self) -> bytes:
@@ -81,6 +95,7 @@ class Move(msgspec.Struct, tag="move", array_like=True, frozen=True):
     """An object or a whole directory that goes from *source*, a key, to *path*.
 
     *copied*: all is there under its new key, and the namespace says so; the old keys are to go.
+    *replaces*: the lake has something there that the mount does not show any more.
     """
 
     source: bytes
@@ -91,6 +106,7 @@ class Move(msgspec.Struct, tag="move", array_like=True, frozen=True):
     size_bytes: int = 0
     copied: bool = False
     error: str = ""
+    replaces: bool = False
 
     @property
     def is_tree(self) -> bool:
@@ -147,6 +163,15 @@ encode_pending = msgspec.msgpack.Encoder().encode
 decode_pending = msgspec.msgpack.Decoder(Pending).decode
 
 
+def upload_mark(row: Put, ctime_ns: int) -> bytes:
+    """Return what `Put.uploaded` is when the lake has the row's content as of *ctime_ns*.
+
+    It is another one after each change of key, base or attributes, whoever makes it.
+    """
+    named = msgspec.msgpack.encode((row.key, row.base_etag, row.staged, ctime_ns, row.attributes))
+    return hashlib.blake2b(named, digest_size=16).digest()
+
+
 def object_key(path: bytes, kind: int) -> bytes:
     """Return the key of what is no directory at *path*."""
     return path + os.fsencode(SYMLINK_SUFFIX) if stat.S_ISLNK(kind) else path
@@ -159,6 +184,8 @@ def touched_keys(row: Pending) -> tuple[bytes, ...]:
             return (row.source, row.key)
         case Local() | Orphan():
             return ()
+        case Put() if row.upload_key not in (b"", row.key):
+            return (row.key, row.upload_key)
         case _:
             return (row.key,)
 
@@ -168,6 +195,37 @@ def parents(path: bytes) -> Iterator[bytes]:
     while (slash := path.rfind(b"/")) > 0:
         path = path[:slash]
         yield path
+
+
+class KeyWatch:
+    """Which names of one directory operations touched since it was opened: what a listing that runs
+    meanwhile says of them may be older than what the mount shows.
+
+    *prefixes*: the directory's, in the lake and in the mount. *above*: the names of directories below
+    which something was touched. *moved*: a move of the directory itself, or of one above it, began or
+    ended.
+    """
+
+    def __init__(self, *prefixes: bytes) -> None:
+        self._prefixes = prefixes
+        self.names: set[bytes] = set()
+        self.above: set[bytes] = set()
+        self.moved = False
+
+    def note(self, row: Pending) -> None:
+        for key in touched_keys(row):
+            self._note_key(key, whole_tree=isinstance(row, Move) and row.is_tree)
+
+    def _note_key(self, key: bytes, *, whole_tree: bool) -> None:
+        for prefix in self._prefixes:
+            if len(key) > len(prefix) and key.startswith(prefix):
+                part, _, below = key[len(prefix) :].partition(b"/")
+                if below:
+                    self.above.add(part)
+                else:
+                    self.names.update((part, part.removesuffix(os.fsencode(SYMLINK_SUFFIX))))
+            elif whole_tree and prefix.startswith(key):
+                self.moved = True
 
 
 class PendingTable:
@@ -182,6 +240,7 @@ class PendingTable:
         self._next_seq = 1
         self._by_path: defaultdict[bytes, set[int]] = defaultdict(set)
         self._by_key: defaultdict[bytes, set[int]] = defaultdict(set)
+        self._by_inode: defaultdict[int, set[int]] = defaultdict(set)
         self._trees: dict[int, tuple[bytes, ...]] = {}
         # Invariant: for each directory, how many placed rows are at or below it.
         self._below: Counter[bytes] = Counter()
@@ -189,15 +248,23 @@ class PendingTable:
         self.running: dict[int, tuple[bytes, ...]] = {}  # Keys of what is being sent, row there or not.
         # What the journal has not got yet, in the order of the last change of each row.
         self.unjournaled: dict[int, Pending | None] = {}
+        self.on_change: Callable[[], None] = _nothing  # The journal's keeper, once there is one.
+        self._watches: set[KeyWatch] = set()
+        self.unseen: set[int] = set()  # Rows changed since the uploader looked, which empties it.
 
     def load(self, rows: Iterable[tuple[int, Pending]]) -> None:
         """Start over with *rows*. What is running and what the journal lacks stays as it is."""
-        running, unjournaled = self.running, self.unjournaled
+        running, unjournaled, next_seq = self.running, self.unjournaled, self._next_seq
+        on_change, watches = self.on_change, self._watches
         self.__init__()  # type: ignore[misc]
-        self.running, self.unjournaled = running, unjournaled
+        self.running, self._next_seq = running, next_seq
+        self.on_change, self._watches = on_change, watches
         for seq, row in rows:
             self._put(seq, row)
             self._next_seq = max(self._next_seq, seq + 1)
+        self.unseen = set(self.rows)
+        # What a failed commit noted besides is not to reach the journal.
+        self.unjournaled = {seq: self.rows.get(seq) for seq in unjournaled}
 
     # Changes, within a transaction of the index
 
@@ -237,9 +304,24 @@ class PendingTable:
     def _note(self, seq: int, row: Pending | None) -> None:
         self.unjournaled.pop(seq, None)
         self.unjournaled[seq] = row
+        self.on_change()
+        self.unseen.add(seq)
+
+    @contextmanager
+    def watch(self, *prefixes: bytes) -> Iterator[KeyWatch]:
+        """Have the names below *prefixes* that operations touch noted, while the block runs."""
+        watch = KeyWatch(*prefixes)
+        self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.discard(watch)
 
     def _put(self, seq: int, row: Pending) -> None:
         self.rows[seq] = row
+        for watch in self._watches:
+            watch.note(row)
+        self._by_inode[row.inode].add(seq)
         path = path_of(row)
         if path is not None:
             self._by_path[path].add(seq)
@@ -256,6 +338,9 @@ class PendingTable:
         row = self.rows.pop(seq, None)
         if row is None:
             return False
+        for watch in self._watches:
+            watch.note(row)
+        _discard(self._by_inode, row.inode, seq)
         path = path_of(row)
         if path is not None:
             _discard(self._by_path, path, seq)
@@ -274,6 +359,23 @@ class PendingTable:
         """Return the rows that stand for *path*, oldest first."""
         found = [(seq, self.rows[seq]) for seq in sorted(self._by_path.get(path, ()))]
         return found  # type: ignore[return-value]  # Only placed rows are in _by_path.
+
+    def of_inode(self, inode: int) -> list[tuple[int, Pending]]:
+        """Return the rows of *inode*, oldest first."""
+        return [(seq, self.rows[seq]) for seq in sorted(self._by_inode.get(inode, ()))]
+
+    def below(self, directory: bytes) -> list[tuple[int, Placed]]:
+        """Return the rows that stand for paths below *directory*, oldest first."""
+        if not self._below[directory]:
+            return []
+        prefix = directory + b"/"
+        paths = ((seq, row, path_of(row)) for seq, row in sorted(self.rows.items()))
+        found = [(seq, row) for seq, row, path in paths if path is not None and path.startswith(prefix)]
+        return found  # type: ignore[return-value]  # Only placed rows have a path.
+
+    def touching(self, key: bytes) -> list[tuple[int, Pending]]:
+        """Return the rows that read or write exactly *key*, oldest first."""
+        return [(seq, self.rows[seq]) for seq in sorted(self._by_key.get(key, ()))]
 
     def put_at(self, path: bytes) -> tuple[int, Put] | None:
         for seq, row in self.at(path):
@@ -295,10 +397,11 @@ class PendingTable:
             row = self.rows[seq]
             if isinstance(row, Delete) or (isinstance(row, Move) and row.source == key != through):
                 return True
-        for trees in self._trees.items():
-            row = self.rows[trees[0]]
-            if isinstance(row, Move) and key.startswith(row.source) and not through.startswith(row.source):
-                return True
+        for prefix in prefixes(key):
+            for seq in () if through.startswith(prefix) else self._by_key.get(prefix, ()):
+                row = self.rows[seq]
+                if isinstance(row, Move) and row.source == prefix:
+                    return True
         return False
 
     def blocked(self, seq: int) -> bool:
@@ -307,6 +410,21 @@ class PendingTable:
             if self._touched_before(seq, key, is_tree(self.rows[seq], key)):
                 return True
         return False
+
+    def touched_after(self, seq: int, key: bytes) -> bool:
+        """Return whether a later operation, or another one under way, touches *key* or, where that
+        is a directory's, what is below it.
+        """
+        exact = any(other > seq for other in self._by_key.get(key, ()))
+        if exact or any(other > seq and _overlaps(key, trees) for other, trees in self._trees.items()):
+            return True
+        for other, keys in self.running.items():
+            if other != seq and any(_same_place(key, running) for running in keys):
+                return True
+        if not key.endswith(b"/") or self._keys_below[key] == 0:
+            return False
+        later = (row for other, row in self.rows.items() if other > seq)
+        return any(touched.startswith(key) for row in later for touched in touched_keys(row))
 
     def _touched_before(self, seq: int, key: bytes, whole_tree: bool) -> bool:
         if any(other < seq for other in self._by_key.get(key, ())):
@@ -356,7 +474,11 @@ def _same_place(key: bytes, other: bytes) -> bool:
     return (other.endswith(b"/") and key.startswith(other)) or (key.endswith(b"/") and other.startswith(key))
 
 
-def _discard(sets: defaultdict[bytes, set[int]], key: bytes, seq: int) -> None:
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+def _discard(sets: defaultdict[K, set[int]], key: K, seq: int) -> None:
     sets[key].discard(seq)
     if not sets[key]:
         del sets[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Sequence
 
 import msgspec
 import xxhash
@@ -175,6 +176,11 @@ def block_checksums(body: bytes | bytearray | memoryview) -> list[int]:
         xxhash.xxh3_64_intdigest(view[start : start + BLOCK_BYTES])
         for start in range(0, len(view), BLOCK_BYTES)
     ]
+
+
+def whole_checksum(checksums: Sequence[int]) -> bytes:
+    """Return one checksum for all of a file: the xxh3_128 of its blocks' checksums, 8 bytes each."""
+    return xxhash.xxh3_128_digest(array("Q", checksums).tobytes())
 
 
 def inode_key(inode: int) -> bytes:

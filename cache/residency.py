@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import trio
 
 from cache.committer import Committer
 from cache.engine import Engine
 from cache.errors import BlockCorrupt, CacheError, CacheFull
-from cache.index import Index
+from cache.index import Index, IndexWriter
 from cache.lake.base import Body
 from cache.model import (
     BLOCK_BYTES,
@@ -41,6 +42,31 @@ _EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some f
 _EVICT_SHARE_MAX = 64  # but no more than this part of the tier.
 _DEMOTERS = 4
 _DRAIN_STEP = 256  # Items between two reports of progress.
+
+
+Land = Callable[[], Callable[[IndexWriter], None] | None]
+CommitAdoption = Callable[[Land | None], bool]
+
+
+@dataclass
+class _Landing:
+    """A finished file that is to have a name in a tier."""
+
+    files: TierFiles
+    version: ObjectVersion
+    place: int
+    path: str
+    checksums: Sequence[int]
+    landed: bool = False
+
+    def land(self) -> Callable[[IndexWriter], None] | None:
+        try:
+            self.files.link_whole(self.version, self.version.id, self.path, self.checksums)
+        except CacheError as error:
+            log.warning("%s is not kept in the cache: %s", self.version.key, error)
+            return None
+        self.landed = True
+        return lambda w: put_whole(w, self.version, self.place, self.checksums)
 
 
 class Residency:
@@ -238,6 +264,55 @@ class Residency:
             charged += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
         tier.policy.added(ItemId(vid), charged, used=True)
+
+    # Taking over what was uploaded
+
+    async def adopt_staged(
+        self, version: ObjectVersion, path: str, checksums: Sequence[int], commit: CommitAdoption
+    ) -> bool:
+        """Keep the finished file at *path* as the cached *version*; return what *commit* returned.
+
+        *commit* is called once, also when there is no room for the file or its tier is on another file
+        system. It gets a function that gives the file its name in the tier and returns what belongs
+        into the commit (None if that failed); it calls it, and commits, without an await, once it knows
+        that the file is still the version. The caller unlinks *path*.
+        """
+        vid, place = version.id, self._place_beside(path)
+        if await self._settled(vid) or place is None or self._index.version(vid) is not None:
+            return commit(None)
+        with self.busy(vid):
+            files, charged = self.tiers[place].files, self.tiers[place].files.whole_bytes(version.size_bytes)
+            try:
+                await self.reserve(place, charged)
+            except CacheFull:
+                return commit(None)
+            landing = _Landing(files, version, place, path, checksums)
+            adopted = False
+            try:
+                adopted = commit(landing.land)
+            finally:
+                if not (adopted and landing.landed):
+                    await self._take_back(place, vid, charged, landed=landing.landed)
+            if landing.landed and adopted:
+                # Nobody asked for it yet; and so the newest of what was written leaves last.
+                self.tiers[place].policy.added(ItemId(vid), charged, used=False)
+            return adopted
+
+    async def _take_back(self, place: int, vid: VersionId, charged: int, *, landed: bool) -> None:
+        with trio.CancelScope(shield=True):
+            if landed:
+                await self._disk_engine.run(lambda: _remove(self.tiers[place].files, vid))
+            self.tiers[place].budget.give_back(charged)
+
+    def _place_beside(self, path: str) -> int | None:
+        """Return the tier that is on the same file system as *path*: only there can it have two names."""
+        for place, tier in enumerate(self.tiers):
+            try:
+                if tier.files.is_beside(path):
+                    return place
+            except CacheError as error:
+                log.warning("%s", error)
+        return None
 
     def add_sparse(self, vid: bytes, state: Sparse) -> None:
         self._sparse[vid] = state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,12 @@ def group_of(item: bytes) -> GroupIndex:
     return GroupIndex(int.from_bytes(item[16:], "big"))
 
 
-def put_whole(w: IndexWriter, version: ObjectVersion, place: int, checksums: list[int]) -> None:
+def put_whole(w: IndexWriter, version: ObjectVersion, place: int, checksums: Sequence[int]) -> None:
     vid = version.id
     w.put_version(vid, _row(version, place, whole=True))
     for group in range(group_count(version.size_bytes)):
         part = checksums[group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
-        w.put_group(vid, group, Group.empty(len(part), time.time_ns()).with_blocks(0, part))
+        w.put_group(vid, group, Group.empty(len(part), time.time_ns()).with_blocks(0, list(part)))
 
 
 def put_blocks(

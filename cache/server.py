@@ -19,10 +19,10 @@ from cache import messages
 from cache.admin import Admin
 from cache.config import MountConfig
 from cache.control import REQUEST_BYTES_MAX
-from cache.counters import Counters
 from cache.errors import SluiceError
 from cache.listing import Changed
 from cache.mover import Mover, TierPlan, run_mover
+from cache.write_path import Shared
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class WorkerConnection:
 
     async def _answer(self, asked: messages.Asked) -> None:
         try:
-            answer = await self._mover.handle(asked.request)
+            answer = await self._mover.handle(asked.request, asked.id)
         except SluiceError as error:
             answer = messages.failure(asked.number, error)
         except Exception as error:
@@ -165,7 +165,7 @@ class Listeners:
 async def serve_mover(
     config: MountConfig,
     plans: list[TierPlan],
-    counters: Counters,
+    shared: Shared,
     listeners: Listeners,
     features: dict[str, Any],
     on_ready: Callable[[Mover, WorkerConnections], Awaitable[None]],
@@ -185,7 +185,7 @@ async def serve_mover(
                 pass
             nursery.cancel_scope.cancel()
 
-    await run_mover(config, plans, counters, serve, first=first)
+    await run_mover(config, plans, shared, serve, first=first)
 
 
 async def _accept(

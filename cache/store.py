@@ -58,6 +58,14 @@ def open_store(config: MountConfig) -> CacheStore:
         raise
 
 
+def read_store_id(directory: Path) -> str:
+    """Return the id of the opened store that *directory* is one of. Raises UsageError."""
+    lines = _read_format(directory)
+    if lines is None:
+        raise UsageError(f"--cache {directory}: is no SluiceFS cache any more: `format` is gone")
+    return lines[1]
+
+
 def boot_id() -> str:
     """Return the kernel's id of this boot (proc(5): random/boot_id)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

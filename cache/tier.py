@@ -14,8 +14,7 @@ import ctypes
 import errno
 import os
 import shutil
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,7 +22,7 @@ import xxhash
 
 from cache.errors import BlockCorrupt, CacheError, CacheFull
 from cache.model import BLOCK_BYTES, GROUP_BYTES, GroupIndex, ObjectVersion, VersionId
-from cache.records import PAGE_BYTES, Group, VersionRow, block_checksums, charge
+from cache.records import PAGE_BYTES, Group, VersionRow, block_checksums, charge, whole_checksum
 
 _XATTR = "user.sluice.version"  # msgpack [key, etag, size, xxh3_128 of the block checksums]
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -116,6 +115,18 @@ class TierFiles:
                 os.setxattr(self.partial_path(vid), _XATTR, _label(version, checksums))
             os.rename(self.partial_path(vid), self.object_path(vid))
 
+    def link_whole(self, version: ObjectVersion, vid: bytes, path: str, checksums: Sequence[int]) -> None:
+        """Take over a finished file of this file system: it gets its label and a second name, in objects/."""
+        with _as_cache_errors(self.path):
+            os.setxattr(path, _XATTR, _label(version, checksums))
+            _unlink(self.object_path(vid))  # A crash may have left one.
+            os.link(path, self.object_path(vid))
+
+    def is_beside(self, path: str) -> bool:
+        """Return whether *path* is on this tier's file system."""
+        with _as_cache_errors(self.path):
+            return not self.is_memory and os.stat(path).st_dev == os.stat(self._incoming).st_dev
+
     def make_sparse(self, vid: bytes) -> None:
         """Take `make_whole` back, as far as it got."""
         with _as_cache_errors(self.path), contextlib.suppress(FileNotFoundError):
@@ -182,7 +193,7 @@ class TierFiles:
                     checksums += block_checksums(chunk)
         except (OSError, msgspec.MsgspecError):
             return None
-        return (version, checksums) if _digest(checksums) == digest else None
+        return (version, checksums) if whole_checksum(checksums) == digest else None
 
     def stored(self) -> Iterator[tuple[VersionId, bool, int]]:
         """Yield (version id, whole, charged bytes) of every file; unlink what has no such name."""
@@ -246,13 +257,9 @@ def _copy_group(reader: int, writer: int, index: GroupIndex, group: Group, path:
             _write_all(writer, block, offset + i * BLOCK_BYTES)
 
 
-def _digest(checksums: list[int]) -> bytes:
-    return xxhash.xxh3_128_digest(array("Q", checksums).tobytes())
-
-
-def _label(version: ObjectVersion, checksums: list[int]) -> bytes:
+def _label(version: ObjectVersion, checksums: Sequence[int]) -> bytes:
     key = version.key.encode("utf-8", "surrogateescape")
-    return msgspec.msgpack.encode((key, version.etag, version.size_bytes, _digest(checksums)))
+    return msgspec.msgpack.encode((key, version.etag, version.size_bytes, whole_checksum(checksums)))
 
 
 def _vid_of(name: str) -> VersionId | None:

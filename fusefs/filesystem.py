@@ -1,7 +1,7 @@
-"""The POSIX verbs over namespace and cache tiers. Knows no pyfuse3, so it is tested without a mount.
+"""The POSIX verbs that change nothing. Knows no pyfuse3, so it is tested without a mount.
 
-File handles are numbers that mean the same in every worker: the inode, and one bit that says that
-this open waited for the lake, so that its reads are counted as the lake's.
+File handles are numbers that mean the same in every worker: the inode, one bit that says that this
+open waited for the lake, so that its reads are counted as the lake's, and one that it may write.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from cache.model import (
     Inode,
 )
 from cache.records import Group, Node, VersionRow, block_checksums, group_key
+from cache.staging import StagingFiles
 from cache.tier import TierFiles
 from fusefs.namespace import Namespace
 
 log = logging.getLogger(__name__)
 
-WAITED_BIT = 1 << 62  # Of a file handle. Inodes are far smaller.
+# Of a file handle. Inodes are far smaller; the bits between are those of channel.c.
+WAITED_BIT, WRITING_BIT = 1 << 62, 1 << 59
 _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
 _USED_BATCH = 128
 _TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often.
@@ -51,16 +53,20 @@ class Filesystem:
         mover: MoverClient,
         namespace: Namespace,
         counters: CounterRow,
+        staging: StagingFiles | None = None,
         *,
         no_open: bool = False,
     ) -> None:
-        """*no_open*: `open_file` is never called, so reads tell which objects are used."""
+        """*staging*: there on writable mounts. *no_open*: `open_file` is never called, so reads
+        tell which objects are used.
+        """
         self._no_open = no_open
         self.namespace = namespace
         self._index = index
         self._tiers = tiers
         self._mover = mover
         self._counters = counters
+        self._staging = staging
         self._used: list[bytes] = []
 
     # Open
@@ -73,7 +79,7 @@ class Filesystem:
         """
         node = self._node(inode)
         self._counters.add("opens")
-        if not 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+        if node.staged or not 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             return inode
         row = self._index.version(node.vid)
         if row is not None and row.whole:
@@ -85,6 +91,29 @@ class Filesystem:
             pass  # The reads will ask the lake.
         return inode | WAITED_BIT
 
+    # Attributes
+
+    def settled(self, inode: Inode, node: Node) -> tuple[Node, os.stat_result | None]:
+        """Return the node as it is now and, where it has a staging file, what stat(2) says of that."""
+        for _ in range(_TRIES_MAX):
+            if not node.staged:
+                return node, None
+            assert self._staging is not None
+            try:
+                return node, os.stat(self._staging.path(node.staged))
+            except FileNotFoundError:  # The lake has it by now.
+                node = self._node(inode)
+            except OSError as error:
+                raise CacheError(f"{self._staging.directory}: {error.strerror}") from error
+        raise CacheError(f"inode {inode}: its staging file {node.staged:x} is not there")
+
+    async def read_link(self, inode: Inode) -> bytes:
+        """Return the target of a symlink. Raises SluiceError."""
+        node = self._node(inode)
+        if node.attributes is not None and node.attributes.target:
+            return node.attributes.target
+        return bytes(await self.read(inode, 0, node.size_bytes))
+
     def _node(self, inode: Inode) -> Node:
         node = self._index.node(inode)
         if node is None:
@@ -95,8 +124,37 @@ class Filesystem:
 
     async def read(self, handle: int, offset: int, length: int) -> Body:
         """Return the bytes; fewer than *length* only at the end of the file. Raises SluiceError."""
-        inode, waited = Inode(handle & ~WAITED_BIT), bool(handle & WAITED_BIT)
+        inode, waited = inode_of(handle), bool(handle & WAITED_BIT)
         node = self._node(inode)
+        for _ in range(_TRIES_MAX):
+            if not node.staged:
+                return await self._read_object(inode, node, waited, offset, length)
+            staged = await self._read_staged(node.staged, offset, length)
+            if staged is not None:
+                return staged
+            node = self._node(inode)  # The lake has it by now, and the staging file is gone.
+        raise CacheError(f"inode {inode}: its staging file {node.staged:x} is not there")
+
+    async def _read_staged(self, number: int, offset: int, length: int) -> Body | None:
+        """Return the bytes of a staging file, holes included; None where the file is not there."""
+        assert self._staging is not None
+        try:
+            with self._staging.held(number) as fd:
+                length = min(length, os.fstat(fd).st_size - offset)
+                if length <= 0:
+                    return b""
+                body = await _pread_disk(fd, length, offset)
+        except CacheError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+        except OSError as error:
+            raise CacheError(f"{self._staging.path(number)}: {error.strerror}") from error
+        self._counters.add("reads")
+        self._counters.add("bytes_nvme", len(body))
+        return body
+
+    async def _read_object(self, inode: Inode, node: Node, waited: bool, offset: int, length: int) -> Body:
         length = min(length, node.size_bytes - offset)
         if length <= 0:
             return b""
@@ -210,6 +268,10 @@ class Filesystem:
         while True:
             await trio.sleep(0.25)
             self.flush_used()
+
+
+def inode_of(handle: int) -> Inode:
+    return Inode(handle & ~(WAITED_BIT | WRITING_BIT))
 
 
 def _expected(rows: Iterable[Group | None], groups: range, first: int, last: int) -> list[int] | None:

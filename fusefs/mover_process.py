@@ -15,10 +15,10 @@ import trio
 
 from cache.config import MountConfig
 from cache.control import runtime_directory, socket_path
-from cache.counters import Counters
 from cache.errors import SluiceError, UsageError
 from cache.mover import Mover, TierPlan
 from cache.server import Listeners, WorkerConnections, serve_mover
+from fusefs.worker import Shared
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def _listen(path: Path) -> socket.socket:
 def run(
     config: MountConfig,
     plans: list[TierPlan],
-    counters: Counters,
+    shared: Shared,
     listeners: Listeners,
     features: dict[str, Any],
     *,
@@ -85,7 +85,7 @@ def run(
         await _wait_for_the_end(supervisor, workers)
 
     try:
-        trio.run(serve_mover, config, plans, counters, listeners, features, until_stopped, first)
+        trio.run(serve_mover, config, plans, shared, listeners, features, until_stopped, first)
         return 0
     except BaseException as caught:
         error = _innermost(caught)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from cache.client import MoverClient
 from cache.index import Index
 from cache.messages import List, Lookup, RelistAhead
-from cache.model import Inode
+from cache.model import KIND_FIFO, KIND_SOCKET, Inode
 from cache.policy.freshness import FOREVER_S, Freshness
 from cache.records import DirectoryState, Node
 
-# An inode is one object version: its attributes never change, only names do.
+# An inode is one object version: its attributes change only by requests, which the kernel knows of.
 ATTRIBUTE_TTL_S = FOREVER_S
 _RELIST_TOLD_EVERY_S = 1.0
 
@@ -44,6 +44,18 @@ class Namespace:
     def node(self, inode: Inode) -> Node | None:
         return self._index.node(inode)
 
+    def own_entry(self, inode: Inode) -> Entry | None:
+        """Return the entry of what a request has just made or changed: it is right as of now."""
+        node, now_s = self._index.node(inode), self._clock()
+        return None if node is None else Entry(inode, node, self._freshness.remaining_s(now_s, now_s))
+
+    def is_detached(self, inode: Inode) -> bool:
+        """Return whether no path leads to *inode* any more."""
+        return self._index.is_detached(inode)
+
+    def path_of(self, inode: Inode) -> bytes:
+        return self._index.path_of(inode)
+
     async def lookup(self, parent: Inode, name: bytes) -> tuple[Entry | None, float]:
         """Return the entry, or None, and for how many seconds either is known. Raises SluiceError.
 
@@ -67,7 +79,9 @@ class Namespace:
         if found is None:
             return state, None
         inode, node = found
-        valid_s = self._freshness.remaining_s(node.seen_at_s, self._clock())
+        now_s = self._clock()
+        seen_at_s = now_s if _is_local(node) else node.seen_at_s
+        valid_s = self._freshness.remaining_s(seen_at_s, now_s)
         if state is not None:
             valid_s = max(valid_s, self._remaining(state))
         return state, Entry(inode, node, valid_s)
@@ -112,3 +126,8 @@ class Namespace:
         state = self._index.directory(inode)
         valid_s = self._remaining(state) if state is not None else 0.0
         return [Entry(child, node, valid_s) for child, node in self._index.children(inode, after, limit)]
+
+
+def _is_local(node: Node) -> bool:
+    """Return whether the lake has no say in what the node is."""
+    return node.staged != 0 or node.kind in (KIND_FIFO, KIND_SOCKET)

@@ -16,14 +16,14 @@ import trio
 
 from cache.client import LocalMoverClient
 from cache.config import MountConfig
-from cache.counters import Counters, ShownDirectories
+from cache.counters import ShownDirectories
 from cache.errors import SluiceError
 from cache.mover import Mover, TierPlan
 from cache.server import Listeners, WorkerConnections, serve_mover
 from cache.store import CacheStore
 from fusefs import channel, device
 from fusefs.operations import Operations
-from fusefs.worker import equip
+from fusefs.worker import Shared, equip
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def run(
     config: MountConfig,
     plans: list[TierPlan],
-    counters: Counters,
+    shared: Shared,
     listeners: Listeners,
     features: dict[str, Any],
     store: CacheStore,
@@ -46,11 +46,11 @@ def run(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, config, nursery.cancel_scope)
             await mover.check_lake()
-            await _serve_session(config, mover, counters, announce, no_open=bool(features["no_open"]["on"]))
+            await _serve_session(config, mover, shared, announce, no_open=bool(features["no_open"]["on"]))
             nursery.cancel_scope.cancel()
 
     try:
-        trio.run(serve_mover, config, plans, counters, listeners, features, serve, True)
+        trio.run(serve_mover, config, plans, shared, listeners, features, serve, True)
     except BaseExceptionGroup as group:
         matched = group.subgroup(SluiceError)
         while isinstance(matched, BaseExceptionGroup):
@@ -61,7 +61,7 @@ def run(
 
 
 async def _serve_session(
-    config: MountConfig, mover: Mover, counters: Counters, announce: Callable[[], None], *, no_open: bool
+    config: MountConfig, mover: Mover, shared: Shared, announce: Callable[[], None], *, no_open: bool
 ) -> None:
     fd = device.mount_device(
         config.lake.url, config.mountpoint, read_only=config.read_only, allow_other=config.allow_other
@@ -74,8 +74,8 @@ async def _serve_session(
         async with trio.open_nursery() as nursery:
             client = LocalMoverClient(mover.handle, nursery)
             files = [tier.files for tier in mover.residency.tiers]
-            filesystem = equip(operations, config, mover.index, files, client, counters.row(1))
-            nursery.start_soon(filesystem.flush_used_regularly)
+            for task in equip(operations, config, mover.index, files, client, shared, 1):
+                nursery.start_soon(task)
             nursery.start_soon(_announce_when, initialised, announce)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()

@@ -25,7 +25,7 @@ import trio  # noqa: E402
 
 from cache import errors  # noqa: E402
 from cache.config import MountConfig  # noqa: E402
-from cache.counters import Counters, ShownDirectories  # noqa: E402
+from cache.counters import ShownDirectories  # noqa: E402
 from cache.errors import SluiceError  # noqa: E402
 from cache.mover import TierPlan  # noqa: E402
 from cache.server import Listeners  # noqa: E402
@@ -33,7 +33,7 @@ from cache.store import CacheStore, note_owner, open_store  # noqa: E402
 from cache.tier import TierFiles  # noqa: E402
 from fusefs import device, mover_process, single, tiers  # noqa: E402
 from fusefs.operations import Operations  # noqa: E402
-from fusefs.worker import run_worker  # noqa: E402
+from fusefs.worker import Shared, run_worker  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Mount:
     store: CacheStore
     plans: list[TierPlan]
     listeners: Listeners
-    counters: Counters
+    shared: Shared
     features: dict[str, dict[str, object]]
     device: int = -1
     children: list[Child] = field(default_factory=list)
@@ -87,9 +87,9 @@ def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
         features: dict[str, dict[str, object]] = {}
         plans = tiers.lay_out(config, store, features)
         with mover_process.listening(config) as listeners:
-            mount = Mount(config, store, plans, listeners, Counters(max(1, config.workers) + 1), features)
+            mount = Mount(config, store, plans, listeners, Shared.make(config), features)
             if config.workers == 0:
-                return single.run(config, plans, mount.counters, listeners, features, store, announce)
+                return single.run(config, plans, mount.shared, listeners, features, store, announce)
             return _run(mount, announce)
     finally:
         tiers.take_down(config, store)
@@ -176,7 +176,7 @@ def _become_mover(mount: Mount, *, first: bool, report: int) -> NoReturn:
         os.close(mount.device)  # A mount whose device is open anywhere does not end.
     _forget_signals()
     status = mover_process.run(
-        mount.config, mount.plans, mount.counters, mount.listeners, mount.features, first=first, report=report
+        mount.config, mount.plans, mount.shared, mount.listeners, mount.features, first=first, report=report
     )
     logging.shutdown()
     os._exit(status)
@@ -190,7 +190,7 @@ def _become_worker(mount: Mount, operations: Operations, row: int) -> NoReturn:
     try:
         files = [TierFiles(plan.name, plan.path, is_memory=plan.is_memory) for plan in mount.plans]
         path = mover_process.worker_socket_path(mount.config)
-        trio.run(run_worker, operations, mount.config, files, str(path), mount.counters.row(row))
+        trio.run(run_worker, operations, mount.config, files, str(path), mount.shared, row)
         status = 0
     except BaseException:
         log.exception("worker %d ends", row)
@@ -214,7 +214,7 @@ def _mount_and_shake_hands(mount: Mount) -> Operations:
     handshake = trio.Event()
     operations = Operations(config, lambda: handshake.set(), no_open=bool(mount.features["no_open"]["on"]))
     pyfuse3.init(operations, f"/dev/fd/{mount.device}", set())
-    operations.counters = mount.counters.row(0)
+    operations.counters = mount.shared.counters.row(0)
     operations.shown = ShownDirectories() if NO_CHANNEL is None else None
     trio.run(_shake_hands, handshake)
     os.set_blocking(mount.device, NO_CHANNEL is not None)
@@ -240,7 +240,7 @@ def _start(mount: Mount, child: Child) -> None:
     if child.pid == 0:
         child.start()
     if child.row:  # So that `status` names every worker from the start.
-        mount.counters.row(child.row).set("pid", child.pid)
+        mount.shared.counters.row(child.row).set("pid", child.pid)
 
 
 def _watch(mount: Mount) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import pyfuse3
 import trio
 
 from cache.client import MoverClient, SocketMoverClient
 from cache.config import MountConfig
-from cache.counters import CounterRow
+from cache.counters import Counters, WriteBudget
 from cache.index import Index
+from cache.opens import OpenTable
 from cache.policy.freshness import Freshness
+from cache.staging import StagingFiles
 from cache.tier import TierFiles
+from fusefs.durability import Durability
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import Namespace
 from fusefs.operations import Operations
+from fusefs.writing import WriteGate, Writing
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +37,43 @@ def invalidate(entries: list[tuple[int, bytes]]) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all processes of a mount share in memory: made before the fork."""
+
+    counters: Counters
+    opens: OpenTable
+    budget: WriteBudget
+
+    @classmethod
+    def make(cls, config: MountConfig) -> Shared:
+        return cls(Counters(max(1, config.workers) + 1), OpenTable(), WriteBudget())
+
+
 def equip(
     operations: Operations,
     config: MountConfig,
     index: Index,
     tiers: list[TierFiles],
     mover: MoverClient,
-    counters: CounterRow,
-) -> Filesystem:
-    """Give *operations* a filesystem over *index*; return it."""
+    shared: Shared,
+    row: int,
+) -> list[Callable[[], Awaitable[None]]]:
+    """Give *operations* what it answers with; return what is to run beside it. *row*: of the counters."""
     namespace = Namespace(index, mover, Freshness(config.ttl_s, config.immutable))
+    counters = shared.counters.row(row)
     counters.set("pid", os.getpid())
     operations.counters = counters
-    operations.filesystem = Filesystem(index, tiers, mover, namespace, counters, no_open=operations.no_open)
-    return operations.filesystem
+    staging = None if config.read_only else StagingFiles(config.index_directory)
+    operations.filesystem = filesystem = Filesystem(
+        index, tiers, mover, namespace, counters, staging, no_open=operations.no_open
+    )
+    if staging is None:
+        return [filesystem.flush_used_regularly]
+    gate = WriteGate(shared.counters, counters, shared.budget, mover)
+    durability = Durability(config.durability, config.durability_default)
+    operations.writing = writing = Writing(index, mover, filesystem, staging, shared.opens, gate, durability)
+    return [filesystem.flush_used_regularly, writing.release_descriptors_regularly]
 
 
 async def run_worker(
@@ -52,16 +81,17 @@ async def run_worker(
     config: MountConfig,
     tiers: list[TierFiles],
     socket_path: str,
-    counters: CounterRow,
+    shared: Shared,
+    row: int,
 ) -> None:
     """Answer requests until the mount is gone. The session was initialised before the fork."""
     index = Index(config.index_directory)
     try:
         async with trio.open_nursery() as nursery:
             mover = SocketMoverClient(socket_path, invalidate, config.retry_s + _PATIENCE_S)
-            filesystem = equip(operations, config, index, tiers, mover, counters)
             nursery.start_soon(mover.run)
-            nursery.start_soon(filesystem.flush_used_regularly)
+            for task in equip(operations, config, index, tiers, mover, shared, row):
+                nursery.start_soon(task)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
     finally:

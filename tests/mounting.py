@@ -31,6 +31,7 @@ from tools.servers import SeaweedServer
 PATIENCE_S = 100.0  # Less than pytest's own limit for a test.
 ENDS_WITHIN_S = 20.0
 MIB = 1 << 20
+_ACCESS = ("--read-only", "--no-read-only", "ro", "rw")
 _MNT_DETACH = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 T = TypeVar("T")
@@ -121,6 +122,8 @@ class LiveMount(Mounted):
     """A mount below *home* whose processes a test may look at and kill."""
 
     def __init__(self, lake: str, home: Path, options: list[str], environment: Mapping[str, str]) -> None:
+        if not any(option in _ACCESS for option in options):
+            options = ["--read-only", *options]  # Most tests read; those that write say so.
         super().__init__(lake, home / "mount", home / "cache", options, environment)
         self.home = home
         self.program = [sluice_command()]  # What runs `sluice` here.

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from cache.committer import Change, Committer
 from cache.engine import Engine
-from cache.errors import CacheError
+from cache.errors import CacheError, NameExists
 from cache.index import Index, IndexWriter
 
 _WAIT_S = 30.0
@@ -237,4 +237,61 @@ async def test_a_queued_change_is_applied_though_its_caller_was_cancelled(
     nursery.start_soon(committer.run)
     await committer.commit(put("o"))
     assert index.meta(b"m") and index.meta(b"n")
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_change_that_was_refused_fails_alone_and_a_commit_returns_what_its_change_does(
+    index: Index, nursery: trio.Nursery
+) -> None:
+    committer = Committer(index)
+    nursery.start_soon(committer.run)
+    results: list[object] = []
+
+    def refuse(w: IndexWriter) -> None:
+        raise NameExists("taken")
+
+    async def one(change: Change[object]) -> None:
+        try:
+            results.append(await committer.commit(change))
+        except NameExists as error:
+            results.append(str(error))
+
+    async with trio.open_nursery() as waiting:
+        for change in (put("m"), refuse, lambda w: 5):
+            waiting.start_soon(one, change)
+    assert sorted(map(str, results)) == ["5", "None", "taken"]
+    assert index.meta(b"m")
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_fault_of_ours_fails_its_transaction_and_is_told_to_whoever_has_memory_to_take_back(
+    index: Index, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    rolled_back: list[int] = []
+    committer = Committer(index, lambda: rolled_back.append(1))
+    nursery.start_soon(committer.run)
+
+    def fail(w: IndexWriter) -> None:
+        w.set_meta(b"half", b"1")
+        raise ZeroDivisionError("oops")
+
+    with pytest.raises(CacheError, match="oops"):
+        await committer.commit(fail)
+    assert index.meta(b"half") is None and rolled_back == [1]
+    assert "a change of the index failed" in caplog.text
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_commit_at_once_takes_those_that_wait_along_and_leaves_the_committer_listening(
+    index: Index, nursery: trio.Nursery
+) -> None:
+    committer = Committer(index)
+    nursery.start_soon(committer.run)
+    await wait_all_tasks_blocked()
+    committer.commit_nowait(put("m"))
+    assert committer.commit_now(lambda w: 7) == 7
+    assert index.meta(b"m")
+    with trio.fail_after(_WAIT_S):
+        await committer.commit(put("n"))
+    assert index.meta(b"n")
     nursery.cancel_scope.cancel()

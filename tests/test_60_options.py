@@ -41,7 +41,7 @@ def test_the_defaults_are_those_of_the_help(here: Path) -> None:
     assert config.workers >= 1
     assert (config.uid, config.gid) == (os.getuid(), os.getgid())
     assert (config.read_only, config.immutable, config.foreground, config.log_level) == (
-        True,
+        False,
         False,
         False,
         "info",
@@ -54,7 +54,8 @@ def test_every_option_reaches_the_configuration(here: Path) -> None:
         "--cache cache:1G --cache other:64M --dram 64M --read-only --immutable --ttl 5 --workers 3"
         " --policy lru --endpoint-url http://localhost:9000/ --aws-profile me --region eu-1 --path-style"
         " --ca-bundle ca.pem --connect-timeout 1.5 --read-timeout 2 --retry 0 --fetch-threads 7"
-        " --keep-free 1M --allow-other --uid 1 --gid 2 --foreground --log-file log --log-level debug"
+        " --durability ckpt/*=remote --durability local --dirty-max 1G --upload-delay 1 --upload-open-delay 9"
+        " --upload-threads 3 --upload-bandwidth 1M --keep-free 1M --allow-other --uid 1 --gid 2 --foreground --log-file log --log-level debug"
     )
     config = build(*words.split())
     assert config.caches == (CacheDirectory(here / "cache", GIB), CacheDirectory(here / "other", 64 * MIB))
@@ -65,6 +66,9 @@ def test_every_option_reaches_the_configuration(here: Path) -> None:
     assert (config.dram_bytes, config.ttl_s, config.workers, config.policy) == (64 * MIB, 5.0, 3, "lru")
     assert (config.retry_s, config.fetch_threads, config.free_space_min_bytes) == (0.0, 7, MIB)
     assert (config.immutable, config.allow_other, config.foreground) == (True, True, True)
+    assert (config.durability, config.durability_default) == ((("ckpt/*", "remote"),), "local")
+    assert (config.read_only, config.dirty_bytes_max, config.upload_bandwidth) == (True, GIB, MIB)
+    assert (config.upload_delay_s, config.upload_open_delay_s, config.upload_threads) == (1.0, 9.0, 3)
     assert (config.uid, config.gid, config.log_file, config.log_level) == (1, 2, here / "log", "debug")
 
 
@@ -171,7 +175,11 @@ BAD_ARGUMENTS = [
     ("lake mnt --keep-free 900P", ["--keep-free 900P", "leaves nothing", "give less"]),
     ("lake mnt --uid nobody-here", ["--uid nobody-here", "number or a name"]),
     ("lake mnt --gid 99999999999", ["--gid 99999999999", "number or a name"]),
-    ("lake mnt --no-read-only", ["--no-read-only", "reading only", "leave the option out"]),
+    ("lake mnt --durability never", ["--durability never", "local or remote"]),
+    ("lake mnt --durability ckpt=often", ["--durability ckpt=often", "PATTERN=remote"]),
+    ("lake mnt --dirty-max 1M", ["--dirty-max 1M", "too small", "64.0 MiB"]),
+    ("lake mnt --upload-bandwidth 10", ["--upload-bandwidth 10", "at least 64K"]),
+    ("lake mnt --upload-threads 0", ["--upload-threads 0", "from 1 to 256"]),
     ("lake mnt --log-file full", ["--log-file full", "a directory", "name a file"]),
     ("lake mnt --log-file absent/log", ["--log-file absent/log", "can't be written"]),
     ("lake mnt --log-level loud", ["--log-level loud", "debug, info"]),
@@ -205,7 +213,7 @@ BAD_FILES = [
     ("ttl = -5", ["a.toml: ttl = -5", "from 0 to"]),
     ("workers = 1.5", ["a.toml", "workers = 1.5", "must be a whole number"]),
     ("anonymous = 1", ["a.toml", "anonymous = 1", "must be true or false"]),
-    ("read-only = false", ["a.toml: read-only = false", "reading only"]),
+    ("durability = 1", ["a.toml: durability = 1", "local or remote"]),
     ("cache = 5", ["a.toml", "cache = 5", "must be a directory"]),
     ("cache = ['c', 5]", ["a.toml", "cache = 5", "must be a directory"]),
     ("cache = ['c:0']", ["a.toml: cache = c:0", "too small"]),

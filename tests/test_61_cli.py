@@ -23,7 +23,7 @@ import pytest
 from cache import control
 from cache.config import MountConfig
 from cache.errors import LakeMisconfigured, SluiceError, UsageError
-from tools import cli, doctor, logs, mount, options, status, umount
+from tools import cli, doctor, logs, mount, option_kinds, status, umount
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -569,7 +569,7 @@ def test_a_missing_piece_is_told_with_its_cost_and_mend(tmp_path: Path) -> None:
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [options.format_size(n) for n in (0, 1023, 1536, 5 << 40)] == [
+    assert [option_kinds.format_size(n) for n in (0, 1023, 1536, 5 << 40)] == [
         "0 B",
         "1023 B",
         "1.5 KiB",

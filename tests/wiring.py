@@ -8,15 +8,18 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import trio
 
 from cache.committer import Committer
+from cache.counters import Counters, WriteBudget
+from cache.dispatching import UploadConfig
 from cache.engine import Engine
 from cache.fetcher import Fetcher
 from cache.index import Index
+from cache.journaling import JournalKeeper
 from cache.lake.base import ListPage
 from cache.lake.fake import FakeLake
 from cache.lake_io import LakeIO
@@ -24,6 +27,8 @@ from cache.lister import Lister
 from cache.listing import Changed
 from cache.model import MIB, ROOT_INODE, Inode, ObjectVersion
 from cache.mover import open_index
+from cache.opens import OpenTable
+from cache.pending import PendingTable
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -33,6 +38,8 @@ from cache.records import Node
 from cache.residency import Residency
 from cache.restore import restore
 from cache.tier import TierBudget, TierFiles
+from cache.uploader import Uploader
+from cache.write_path import Ledger, NoSender, WritePath, load_table, make_write_path, open_ledger
 
 _WAIT_S = 30.0  # A test that waits for what never happens fails instead of hanging.
 QUICK_RETRY = RetryPolicy(budget_s=20.0, first_s=0.001, longest_s=0.002, slow_down_first_s=0.001)
@@ -86,6 +93,17 @@ class WatchedLake(FakeLake):
 
 
 @dataclass(frozen=True)
+class Shared:
+    counters: Counters
+    opens: OpenTable
+    budget: WriteBudget
+
+    @classmethod
+    def make(cls) -> Shared:
+        return cls(Counters(2), OpenTable(), WriteBudget())
+
+
+@dataclass(frozen=True)
 class TierSpec:
     name: str
     size_bytes: int
@@ -109,6 +127,10 @@ class Cache:
     disk_engine: Engine
     nursery: trio.Nursery
     changes: trio.MemoryReceiveChannel[Changed]
+    table: PendingTable
+    writing: WritePath | None = None  # Both with *writable* only; the uploader with *upload*.
+    uploader: Uploader | None = None
+    shared: Shared | None = None
 
     async def fetch(self, version: ObjectVersion) -> None:
         """Make all of *version* resident."""
@@ -170,38 +192,94 @@ async def open_cache(
     window_bytes_max: int = 16 * MIB,
     ahead_flights_max: int = 4,
     with_tiers: bool = True,
+    writable: bool = False,
+    upload: UploadConfig | None = None,
+    shared: Shared | None = None,
+    dirty_max: int = 1 << 40,
+    first: bool = True,
+    lake_threads: int = 6,
 ) -> AsyncIterator[Cache]:
     """Open, restore and wire everything; on the way out stop it without saving anything: a crash.
 
-    Without *with_tiers* their directories are not made: for tests that fetch nothing.
+    Without *with_tiers* their directories are not made: for tests that fetch nothing. *writable*: with
+    journal, staging files and changes, and with *upload* the uploader too. *first*: a mount, not
+    another mover of it; then give the mount's *shared* memory.
     """
-    lake_engine, disk_engine = Engine("lake", 6, reserved=1), Engine("disk", 3, reserved=1)
+    lake_engine, disk_engine = Engine("lake", lake_threads, reserved=1), Engine("disk", 3, reserved=1)
     index = open_index(path, may_rebuild=True)
-    committer = Committer(index)
+    table = PendingTable()
+    committer = Committer(index, partial(load_table, table, index))
     with index.write() as writer:
         writer.add_root()
-        writer.sweep_detached()
+        if first:
+            writer.sweep_detached()
+            writer.clear_answers()
     send, receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, retry, seed=1)
     made = [make_tier(path, spec, policy) for spec in tiers]
     residency = Residency(made, index, committer, lake_engine, disk_engine)
+    ledger = open_ledger(path, "test", index, table, first=first) if writable else None
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
             readahead = SequentialReadAhead(window_bytes_max)
             fetcher = Fetcher(nursery, lake_io, index, residency, readahead, ahead_flights_max)
-            lister = Lister(nursery, lake_io, index, committer, Freshness(ttl_s, immutable), send)
+            lister = Lister(nursery, lake_io, index, committer, Freshness(ttl_s, immutable), send, table)
             if with_tiers:
                 await restore(residency, index, committer, disk_engine)
             parts = (lake, lake_io, index, committer, residency, fetcher, lister, lake_engine, disk_engine)
-            yield Cache(path, *parts, nursery, receive)
+            cache = Cache(path, *parts, nursery, receive, table)
+            if ledger is not None:
+                _make_writable(cache, ledger, upload, shared or Shared.make(), dirty_max)
+            yield cache
             nursery.cancel_scope.cancel()
     finally:
         lake_engine.stop()
         disk_engine.stop()
+        if ledger is not None:
+            ledger.close()
         index.close()
         for channel in (send, receive):
             channel.close()
+
+
+def _make_writable(
+    cache: Cache, ledger: Ledger, upload: UploadConfig | None, shared: Shared, dirty_max: int
+) -> None:
+    keeper = JournalKeeper(cache.table, ledger.journal, ledger.staging, cache.disk_engine, gather_s=0.001)
+    if upload is not None:
+        cache.uploader = Uploader(
+            cache.nursery,
+            cache.lake_io,
+            cache.index,
+            cache.committer,
+            cache.table,
+            ledger.staging,
+            cache.residency,
+            shared.opens,
+            keeper,
+            upload,
+            cache.lister.refresh_entry,
+        )
+    cache.writing = make_write_path(
+        cache.nursery,
+        ledger,
+        cache.index,
+        cache.committer,
+        cache.residency,
+        cache.fetcher,
+        cache.lister,
+        keeper,
+        cache.uploader or NoSender(),
+        cache.disk_engine,
+        shared,
+        dirty_max,
+        (1000, 1000),
+    )
+    cache.shared = shared
+    cache.writing.start(cache.nursery)
+    if cache.uploader is not None:
+        cache.nursery.start_soon(cache.uploader.run)
 
 
 def bodies(sizes: Mapping[str, int]) -> dict[str, bytes]:

@@ -29,6 +29,8 @@ COMMANDS = {
     "umount": Command("tools.umount", "DIR", "unmount, and keep the cache for the next time"),
     "status": Command("tools.status", "[DIR]", "what is mounted: tiers, hits, requests, features"),
     "ls": Command("tools.ls", "PATH…", "tier, cached share and hits of files"),
+    "sync": Command("tools.sync", "[PATH…]", "wait until the lake has it; prints receipts"),
+    "queue": Command("tools.upload_queue", "[DIR]", "what waits for the lake, what failed and why"),
     "evict": Command("tools.evict", "PATH…", "drop files from the cache"),
     "doctor": Command("tools.doctor", "[DIR]", "what this machine supports, and how to get the rest"),
     "bench": Command("tools.bench.__main__", "", "the benchmark suite"),

@@ -31,6 +31,7 @@ BUCKET = "lake"
 PREFIX = "digits"
 EPOCHS = 10
 LOADERS = 4
+CHECKPOINT = "checkpoints/model.pickle"  # In the mount, so that it goes to the lake.
 ACCURACY = 0.95
 EPOCH_LINE = re.compile(
     r"epoch (?P<epoch>\d+): (?P<seconds>[\d.]+) s, accuracy (?P<accuracy>[\d.]+),"
@@ -185,25 +186,36 @@ def demo(work: Path) -> None:
         )
         stack.callback(mount.unmount_if_mounted)
         try:
-            _train_twice(mount, work, size_bytes)
+            _train_twice(mount, size_bytes, lambda: _stored_bytes(server, CHECKPOINT))
         except BaseException:
             print(f"demo: the end of the mount's log:\n{mount.log_tail()}", file=sys.stderr)
             raise
 
 
-def _train_twice(mount: Mounted, work: Path, size_bytes: int) -> None:
-    checkpoint = ["--checkpoint", str(work / "model")]
+def _stored_bytes(server: SeaweedServer, path: str) -> bytes:
+    """Return what the bucket has under *path*, asked by a client that knows no mount."""
+    body: bytes = server.client().get_object(Bucket=BUCKET, Key=f"{PREFIX}/{path}")["Body"].read()
+    return body
+
+
+def _train_twice(mount: Mounted, size_bytes: int, stored: Callable[[], bytes]) -> None:
+    """Train, unmount, mount and train on. *stored* returns the checkpoint as the lake has it."""
+    checkpoint = ["--checkpoint", str(mount.directory / CHECKPOINT)]
     say(f"sluice mount s3://{BUCKET}/{PREFIX} {mount.directory}")
     mount.mount()
     say(f"training, {EPOCHS} shuffled epochs, {LOADERS} loader processes, plain open() and read()")
     common = ["--loaders", str(LOADERS), "--accuracy", str(ACCURACY), *checkpoint]
     first = train(mount, ["--epochs", str(EPOCHS), *common])
-    say("sluice umount")
+    saved = (mount.directory / CHECKPOINT).read_bytes()
+    say("sluice umount, which waits until the lake has the checkpoint")
     mount.unmount()
-    say("sluice mount, again, and two more epochs")
+    require(stored() == saved, f"the bucket holds the checkpoint, {len(saved):,} bytes")
+    say("sluice mount, again, and two more epochs from the checkpoint")
     mount.mount()
     second = train(mount, ["--epochs", "2", *common])
+    saved = (mount.directory / CHECKPOINT).read_bytes()
     mount.unmount()
+    require(stored() == saved, "and then the new one")
     print_table("first mount", first)
     print_table("after the remount", second)
     require(first[-1].accuracy >= ACCURACY, f"the model reached {ACCURACY:.2f} on digits it had not seen")

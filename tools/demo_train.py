@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import pickle
 import random
 import sys
@@ -87,6 +88,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def save(model: Any, checkpoint: Path) -> None:
+    """Write beside the last checkpoint, and rename over it once the bytes are on the disk."""
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = checkpoint.with_suffix(".tmp")
+    with open(unfinished, "wb") as file:
+        pickle.dump(model, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, checkpoint)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     training, validation = list_samples(arguments.data / "train"), list_samples(arguments.data / "val")
@@ -112,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         loader.close()
     if arguments.checkpoint:
-        arguments.checkpoint.write_bytes(pickle.dumps(model))
+        save(model, arguments.checkpoint)
     if reached < arguments.accuracy:
         print(f"accuracy {reached:.3f} is below {arguments.accuracy:.3f}", file=sys.stderr)
         return 1

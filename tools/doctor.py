@@ -22,7 +22,8 @@ from cache import control
 from cache.config import LakeConfig, default_cache_path
 from cache.model import GIB
 from tools.mount import user_allow_other
-from tools.options import Parser, dram_bytes_default, format_size, memory_bytes
+from tools.option_kinds import dram_bytes_default, format_size, memory_bytes
+from tools.options import Parser
 from tools.status import all_mounts, console, find_mount, printable
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Any
 
 from cache import control
 from tools.ls import by_mount, complain
-from tools.options import Parser, format_size
+from tools.option_kinds import format_size
+from tools.options import Parser
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache import control
-from tools.options import Parser, format_size
+from tools.option_kinds import format_size
+from tools.options import Parser
 from tools.status import console, find_mount, printable
 
 if TYPE_CHECKING:
@@ -92,12 +93,13 @@ def _cells(entry: dict[str, Any], now_s: float) -> list[str]:
         entry["tier"] or "-",
         f"{share:.0%}",
         str(entry["hits"]),
-        _age(entry["last_used_s"], now_s),
+        age(entry["last_used_s"], now_s),
         "-" if rank is None else f"#{rank}",
     ]
 
 
-def _age(then_s: float | None, now_s: float) -> str:
+def age(then_s: float | None, now_s: float) -> str:
+    """Return "3 min ago"; times are unix time."""
     if then_s is None:
         return "-"
     age_s = max(0, int(now_s - then_s))

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from cache.config import CacheDirectory, MountConfig
 from cache.errors import SluiceError, UsageError
 from tools import logs, options
-from tools.options import Values, format_size
+from tools.option_kinds import format_size
+from tools.options import Values
 
 FUSE_CONF = Path("/etc/fuse.conf")
 

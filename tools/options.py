@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import grp
-import math
 import os
-import pwd
 import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from cache.config import (
     CacheDirectory,
@@ -26,34 +22,25 @@ from cache.config import (
     MountConfig,
     check_runnable,
     default_cache_path,
-    parse_size,
 )
 from cache.errors import UsageError
-from cache.model import GIB, KIB, MIB
+from cache.model import GIB, MIB
+from tools import option_kinds as kinds
 
 TIER_BYTES_MIN = 64 * MIB  # Eight small objects: with less, a tier only moves bytes to and fro.
 DRAM_BYTES_DEFAULT_MAX = 4 * GIB
 
 # What mount(8) and systemd put into fstab lines and what says nothing to us.
 GENERIC_OPTIONS = re.compile(
-    r"rw|defaults|auto|noauto|nofail|_netdev|user|nouser|users|owner|group|(no)?exec|(no)?suid|(no)?dev"
+    r"defaults|auto|noauto|nofail|_netdev|user|nouser|users|owner|group|(no)?exec|(no)?suid|(no)?dev"
     r"|(no)?(dir|rel|strict)?atime|(no)?lazytime|sync|async|dirsync|silent|loud|comment|fsname|subtype|x-.*"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """How a value is read. *parse* raises ValueError("what is wrong; the mend")."""
-
-    parse: Callable[[str], Any]
-    toml_types: tuple[type, ...]
-    wanted: str  # "a number of seconds": ends the sentence "must be …".
-
-
-@dataclass(frozen=True, slots=True)
 class Option:
     name: str  # On the command line after "--", in the TOML file and in fstab alike.
-    kind: Kind
+    kind: kinds.Kind
     help: str
     default: str = ""  # As shown in the help.
     metavar: str | None = None  # None: a flag.
@@ -88,164 +75,72 @@ def closest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def format_size(size_bytes: float) -> str:
-    """Return "1.5 GiB" for people."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size_bytes) < KIB:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= KIB
-    return f"{size_bytes:.1f} PiB"
-
-
-# --- Kinds of values ---------------------------------------------------------------------------
-
-
-def _number(convert: Callable[[str], float], wanted: str, least: float, most: float, unit: str) -> Kind:
-    span = f"from {least:.10g} to {most:.10g}{unit}"
-
-    def parse(text: str) -> float:
-        try:
-            number = convert(text)
-        except ValueError:
-            raise ValueError(f"not {wanted}; give one {span}") from None
-        if not math.isfinite(number) or not least <= number <= most:
-            raise ValueError(f"must be {span}")
-        return number
-
-    return Kind(parse, (int,) if convert is int else (int, float), wanted)
-
-
-def _seconds(least: float, most: float) -> Kind:
-    return _number(float, "a number of seconds", least, most, " seconds")
-
-
-def _count(least: int, most: int) -> Kind:
-    return _number(int, "a whole number", least, most, "")
-
-
-def _choice(*names: str) -> Kind:
-    def parse(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return text
-
-    return Kind(parse, (str,), f"one of {', '.join(names)}")
-
-
-def _parse_cache(text: str) -> CacheDirectory:
-    path, colon, size = text.rpartition(":")
-    if not colon or "/" in size:  # The colon, if any, belongs to the path.
-        path, size_bytes = text, None
-    else:
-        size_bytes = parse_size(size)
-        if size_bytes < TIER_BYTES_MIN:
-            raise ValueError(f"{size} is too small for a cache; give at least {format_size(TIER_BYTES_MIN)}")
-    return CacheDirectory(_parse_path(path), size_bytes)
-
-
-def _parse_path(text: str) -> Path:
-    if not text or "\0" in text:
-        raise ValueError("no path; give one")
-    return Path(text).expanduser().resolve()
-
-
-def _parse_dram(text: str) -> int:
-    size_bytes = parse_size(text)
-    if 0 < size_bytes < TIER_BYTES_MIN:
-        raise ValueError(f"too small for a tier; give 0 for none, or at least {format_size(TIER_BYTES_MIN)}")
-    if size_bytes > (memory := memory_bytes()):
-        raise ValueError(f"more than the memory there is; give less than {format_size(memory)}")
-    return size_bytes
-
-
-def _parse_word(text: str) -> str:
-    if not re.fullmatch(r"[\w.@:/+=-][\w.@:/+= -]*", text):
-        raise ValueError("not a usable name; letters, digits and . _ - are")
-    return text
-
-
-def _parse_endpoint(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or parts.query or parts.fragment:
-        raise ValueError("no endpoint URL; write it like https://host or http://host:9000")
-    return text.rstrip("/")
-
-
-def _parse_owner(find: Callable[[str], int], what: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"\d{1,10}", text) and int(text) < 2**32 - 1:
-            return int(text)
-        try:
-            return find(text)
-        except (KeyError, ValueError):
-            raise ValueError(f"no {what} of this machine; give a number or a name that `id` knows") from None
-
-    return parse
-
-
-def _parse_flag(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError("takes no value; write just the option, or true or false in the file")
-    return text == "true"
-
-
-def _parse_read_only(text: str) -> bool:
-    if not _parse_flag(text):
-        raise ValueError("this version mounts for reading only; leave the option out")
-    return True
-
-
-_SIZE = Kind(parse_size, (str, int), "a size such as 100G")
-_FLAG = Kind(_parse_flag, (bool,), "true or false")
-_WORD = Kind(_parse_word, (str,), "a text")
-_DRAM = Kind(_parse_dram, (str, int), "a size such as 4G")
-_READ_ONLY = Kind(_parse_read_only, (bool,), "true")
-_PATH = Kind(_parse_path, (str,), "a path")
-_CACHE = Kind(_parse_cache, (str,), "a directory with or without a size, or a list of them")
-_UID = Kind(_parse_owner(lambda name: pwd.getpwnam(name).pw_uid, "user"), (int, str), "a user")
-_GID = Kind(_parse_owner(lambda name: grp.getgrnam(name).gr_gid, "group"), (int, str), "a group")
-_LOG_LEVEL = _choice("debug", "info", "warning", "error")
-
 _CACHE_DEFAULT = "half of what is free below ~/.cache/sluice (root: /var/cache/sluice)"
 
 OPTIONS = (
     Option(
-        "cache", _CACHE, "cache directory; once for each disk", _CACHE_DEFAULT, "DIR[:SIZE]", repeatable=True
+        "cache",
+        kinds.CACHE,
+        "cache directory; once for each disk",
+        _CACHE_DEFAULT,
+        "DIR[:SIZE]",
+        repeatable=True,
     ),
-    Option("dram", _DRAM, "tier in memory; 0 for none", "an eighth of the memory, at most 4G", "SIZE"),
-    Option("read-only", _READ_ONLY, "mount for reading only", "always"),
-    Option("immutable", _FLAG, "objects never change: never ask the lake again about what is known"),
-    Option("ttl", _seconds(0, 365 * 86400), "how long names and sizes are believed", "60", "SECONDS"),
-    Option("workers", _count(0, 256), "processes that answer; 0: one for all", "one for each two cores", "N"),
-    Option("policy", _choice("epoch", "lru"), "what leaves a full cache first", "epoch", "epoch|lru"),
+    Option("dram", kinds.DRAM, "tier in memory; 0 for none", "an eighth of the memory, at most 4G", "SIZE"),
+    Option("read-only", kinds.FLAG, "mount for reading only; opens then cost no request"),
+    Option("immutable", kinds.FLAG, "objects never change: never ask the lake again about what is known"),
+    Option("ttl", kinds.seconds(0, 365 * 86400), "how long names and sizes are believed", "60", "SECONDS"),
+    Option(
+        "workers", kinds.count(0, 256), "processes that answer; 0: one for all", "one for each two cores", "N"
+    ),
+    Option("policy", kinds.choice("epoch", "lru"), "what leaves a full cache first", "epoch", "epoch|lru"),
     Option(
         "profile",
-        _choice("auto", "dataset", "checkpoint"),
+        kinds.choice("auto", "dataset", "checkpoint"),
         "dataset: opens cost no request; checkpoint: an open that meets a changed object looks it up again",
         "auto",
         "auto|dataset|checkpoint",
     ),
-    Option("endpoint-url", Kind(_parse_endpoint, (str,), "a URL"), "S3 server", "Amazon's", "URL"),
-    Option("aws-profile", _WORD, "profile of the AWS configuration", "boto3's choice", "NAME"),
-    Option("region", _WORD, "region of the bucket", "boto3's choice", "NAME"),
-    Option("anonymous", _FLAG, "sign no request: for public buckets"),
-    Option("path-style", _FLAG, "the bucket in the path, not in the host name", "with --endpoint-url"),
-    Option("ca-bundle", _PATH, "certificates to trust (PEM)", "boto3's choice", "FILE"),
-    Option("connect-timeout", _seconds(0.1, 3600), "limit for connecting to the lake", "5", "SECONDS"),
-    Option("read-timeout", _seconds(0.1, 3600), "limit for silence of the lake", "20", "SECONDS"),
-    Option("retry", _seconds(0, 86400), "how long a request to a failing lake is repeated", "30", "SECONDS"),
-    Option("fetch-threads", _count(1, 1024), "requests to the lake at one time", "32", "N"),
-    Option("keep-free", _SIZE, "space left free on the disk of each cache directory", "1G", "SIZE"),
-    Option("allow-other", _FLAG, "let other users in"),
-    Option("uid", _UID, "owner shown for every file", "yours", "UID"),
-    Option("gid", _GID, "group shown for every file", "yours", "GID"),
-    Option("foreground", _FLAG, "stay in the foreground and log to standard error"),
-    Option("log-file", _PATH, "where to log", '"log" in the first cache directory', "FILE"),
-    Option("log-level", _LOG_LEVEL, "what to log", "info", "debug|info|warning|error"),
+    Option("endpoint-url", kinds.Kind(kinds.parse_endpoint, (str,), "a URL"), "S3 server", "Amazon's", "URL"),
+    Option("aws-profile", kinds.WORD, "profile of the AWS configuration", "boto3's choice", "NAME"),
+    Option("region", kinds.WORD, "region of the bucket", "boto3's choice", "NAME"),
+    Option("anonymous", kinds.FLAG, "sign no request: for public buckets"),
+    Option("path-style", kinds.FLAG, "the bucket in the path, not in the host name", "with --endpoint-url"),
+    Option("ca-bundle", kinds.PATH, "certificates to trust (PEM)", "boto3's choice", "FILE"),
+    Option("connect-timeout", kinds.seconds(0.1, 3600), "limit for connecting to the lake", "5", "SECONDS"),
+    Option("read-timeout", kinds.seconds(0.1, 3600), "limit for silence of the lake", "20", "SECONDS"),
+    Option(
+        "retry", kinds.seconds(0, 86400), "how long a request to a failing lake is repeated", "30", "SECONDS"
+    ),
+    Option("fetch-threads", kinds.count(1, 1024), "requests to the lake at one time", "32", "N"),
+    Option(
+        "durability",
+        kinds.DURABILITY,
+        "when fsync and close return: on this disk, or in the lake; with PATTERN=, for the paths that fit",
+        "local",
+        "[PATTERN=]local|remote",
+        repeatable=True,
+    ),
+    Option("dirty-max", kinds.DIRTY, "bytes that wait for their upload", "half of what is free", "SIZE"),
+    Option(
+        "upload-delay", kinds.seconds(0, 86400), "quiet time before a closed file is sent", "2", "SECONDS"
+    ),
+    Option(
+        "upload-open-delay",
+        kinds.seconds(0, 86400),
+        "quiet time before a file is sent that is still open for writing",
+        "30",
+        "SECONDS",
+    ),
+    Option("upload-threads", kinds.count(1, 256), "uploads at one time", "8", "N"),
+    Option("upload-bandwidth", kinds.BANDWIDTH, "bytes a second for uploads", "all there is", "SIZE"),
+    Option("keep-free", kinds.SIZE, "space left free on the disk of each cache directory", "1G", "SIZE"),
+    Option("allow-other", kinds.FLAG, "let other users in"),
+    Option("uid", kinds.UID, "owner shown for every file", "yours", "UID"),
+    Option("gid", kinds.GID, "group shown for every file", "yours", "GID"),
+    Option("foreground", kinds.FLAG, "stay in the foreground and log to standard error"),
+    Option("log-file", kinds.PATH, "where to log", '"log" in the first cache directory', "FILE"),
+    Option("log-level", kinds.LOG_LEVEL, "what to log", "info", "debug|info|warning|error"),
 )
 _BY_NAME = {option.name: option for option in OPTIONS}
 _POSITIONALS = ("lake", "mountpoint")  # Keys of the TOML file besides the options.
@@ -301,8 +196,8 @@ def _from_fstab(words: str) -> tuple[dict[str, list[Given]], str | None]:
             continue
         if name == "config":
             config = value
-        elif name == "ro":
-            given["read-only"] = [Given("true", "-o ro")]
+        elif name in ("ro", "rw"):
+            given["read-only"] = [Given(str(name == "ro").lower(), f"-o {name}")]
         elif (option := _BY_NAME.get(name)) is None:
             raise UsageError(f"-o {word}: not an option of SluiceFS{closest(name, list(_BY_NAME))}")
         elif option.metavar is None:
@@ -334,7 +229,7 @@ def _from_file(path: Path) -> dict[str, list[Given]]:
 
 def _from_toml_value(path: Path, key: str, value: Any) -> list[Given]:
     option = _BY_NAME.get(key)
-    kind = option.kind if option else _WORD
+    kind = option.kind if option else kinds.WORD
     several = option is not None and option.repeatable and isinstance(value, list)
     items: list[Any] = value if several else [value]
     for item in items:
@@ -411,12 +306,20 @@ def _build(values: Values) -> MountConfig:
     lake = _lake(values)
     mountpoint_given = values.positional("mountpoint", "DIR")
     caches = tuple(parsed for parsed, _ in values.all("cache")) or (CacheDirectory(default_cache_path(lake)),)
+    durability = [pair for pair, _ in values.all("durability")]
     config = MountConfig(
         lake=lake,
-        mountpoint=checked(mountpoint_given, _parse_path),
+        mountpoint=checked(mountpoint_given, kinds.parse_path),
         caches=caches,
-        dram_bytes=values.get("dram", dram_bytes_default()),
-        read_only=values.get("read-only", True),
+        dram_bytes=values.get("dram", kinds.dram_bytes_default()),
+        read_only=values.get("read-only", False),
+        durability=tuple(pair for pair in durability if pair[0]),
+        durability_default=next((value for pattern, value in reversed(durability) if not pattern), "local"),
+        dirty_bytes_max=values.get("dirty-max", None),
+        upload_delay_s=values.get("upload-delay", 2.0),
+        upload_open_delay_s=values.get("upload-open-delay", 30.0),
+        upload_threads=values.get("upload-threads", 8),
+        upload_bandwidth=values.get("upload-bandwidth", None),
         immutable=values.get("immutable", False),
         ttl_s=values.get("ttl", 60.0),
         workers=values.get("workers", max(1, len(os.sched_getaffinity(0)) // 2)),
@@ -440,7 +343,7 @@ def _lake(values: Values) -> LakeConfig:
     given = values.positional("lake", "LAKE")
     endpoint = values.get("endpoint-url", None)
     lake = LakeConfig(
-        url=checked(given, lambda text: _parse_lake(text, relaxed=endpoint is not None)),
+        url=checked(given, lambda text: kinds.parse_lake(text, relaxed=endpoint is not None)),
         endpoint_url=endpoint,
         aws_profile=values.get("aws-profile", None),
         region=values.get("region", None),
@@ -455,53 +358,3 @@ def _lake(values: Values) -> LakeConfig:
     if lake.ca_bundle is not None and not lake.ca_bundle.is_file():
         raise UsageError(f"{values.mention('ca-bundle')}: no such file; name a PEM file with certificates")
     return lake
-
-
-def _parse_lake(text: str, *, relaxed: bool) -> str:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
-    if scheme is None:
-        path = _parse_path(text)
-        if not path.is_dir():
-            raise ValueError("no such directory; give a directory, or s3://bucket[/prefix]")
-        if not os.access(path, os.R_OK | os.X_OK):
-            raise ValueError("the directory can't be read; mend its permissions")
-        return str(path)
-    if scheme[1] != "s3":
-        raise ValueError(
-            f"lakes of scheme {scheme[1]}:// are not known; give s3://bucket[/prefix] or a directory"
-        )
-    bucket, _, prefix = text.removeprefix("s3://").partition("/")
-    _check_bucket(bucket, relaxed=relaxed)
-    prefix = prefix.rstrip("/")
-    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
-        raise ValueError("the prefix has an empty part, '.' or '..'; write it like s3://bucket/a/b")
-    return f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-
-
-def _check_bucket(bucket: str, *, relaxed: bool) -> None:
-    """Raise ValueError unless S3 may have such a bucket (S3 User Guide, "Bucket naming rules").
-
-    *relaxed*: another server's rules, which also allow capitals and underscores.
-    """
-    if not bucket:
-        raise ValueError("no bucket; write it like s3://bucket/prefix")
-    pattern = r"[A-Za-z0-9][\w.-]{1,253}[A-Za-z0-9]" if relaxed else r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
-    address = re.fullmatch(r"(\d+\.){3}\d+", bucket)
-    if not re.fullmatch(pattern, bucket, re.ASCII) or ".." in bucket or address:
-        raise ValueError(f"{bucket!r} is no bucket name: 3 to 63 of a-z, 0-9, '-' and '.'; mend the URL")
-
-
-def memory_bytes() -> int:
-    """Return the memory that this process may use: the machine's, or less by its control group."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-        limit = Path("/sys/fs/cgroup", group, "memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdecimal() else total
-
-
-def dram_bytes_default() -> int:
-    eighth = memory_bytes() // 8
-    return min(eighth, DRAM_BYTES_DEFAULT_MAX) if eighth >= TIER_BYTES_MIN else 0

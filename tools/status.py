@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from cache import control
 from cache.errors import SluiceError, UsageError
-from tools.options import Parser, format_size
+from tools.option_kinds import format_size
+from tools.options import Parser
 
 if TYPE_CHECKING:
     from rich.console import Console

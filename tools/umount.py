@@ -17,8 +17,10 @@ from typing import Any
 from cache import control
 from cache.control import NotMounted
 from cache.errors import SluiceError, UsageError
-from tools.options import Parser, format_size
+from tools.option_kinds import format_size
+from tools.options import Parser
 from tools.status import all_mounts, find_mount, printable
+from tools.sync import upload_all
 
 SUPERVISOR_EXIT_S = 60.0
 MOVER_RESTART_S = 3.0  # A mover that died is back within this time.
@@ -31,12 +33,20 @@ Unmount = Callable[[Path], None]
 def main(argv: Sequence[str], unmount: Unmount | None = None) -> int:
     """Unmount and return 0 when the mount's processes have ended. Raises SluiceError."""
     parser = Parser(
-        prog="sluice umount", description="Unmount; what the cache holds stays for the next mount."
+        prog="sluice umount",
+        description="Wait until the lake has all that was written, and unmount; what the cache holds stays"
+        " for the next mount.",
     )
     parser.add_argument("directory", metavar="DIR", help="the mount point")
-    mountpoint = _mountpoint(parser.parse_args(argv).directory)
+    parser.add_argument(
+        "--lazy", action="store_true", help="leave what the lake has not yet to the next mount"
+    )
+    arguments = parser.parse_args(argv)
+    mountpoint = _mountpoint(arguments.directory)
     with _supervisor(mountpoint) as pidfd:
         if pidfd is not None:
+            if not arguments.lazy:
+                _upload(mountpoint)
             _drain(mountpoint)
         (unmount or _unmount)(mountpoint)
         if pidfd is not None and not _ends(pidfd, SUPERVISOR_EXIT_S):
@@ -98,6 +108,17 @@ def _is_dead(mountpoint: Path) -> bool:
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
+
+
+def _upload(mountpoint: Path) -> None:
+    """Wait until the lake has everything. Raises SluiceError, still mounted, when it can't be had."""
+    errors = upload_all(mountpoint, [""])["errors"]
+    if errors:
+        first = f"{errors[0]['path']}: {errors[0]['error']}"
+        raise SluiceError(
+            f"{mountpoint}: the lake has not all that was written ({len(errors)} failed, the first: {first});"
+            " see `sluice queue`, or leave it to the next mount with `sluice umount --lazy`"
+        )
 
 
 def _drain(mountpoint: Path) -> None:

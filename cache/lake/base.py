@@ -39,6 +39,7 @@ class Part:
 class Lake(Protocol):
     url: str
     part_bytes_min: int  # Of every part but the last.
+    has_directories: bool  # Whether one can be there, and listed, without an object or marker.
 
     def check(self) -> None:
         """Raise the LakeError that a mount would meet first: bucket, credentials, region, TLS."""
@@ -101,8 +102,14 @@ class Lake(Protocol):
     def abort_multipart(self, key: str, upload_id: str) -> None:
         """Forget the upload and its parts. An unknown upload is no error."""
 
-    def copy(self, source: ObjectVersion, key: str) -> ObjectInfo:
-        """Copy on the lake's side, metadata included. Raises ObjectChanged, ObjectMissing."""
+    def copy(
+        self, source: ObjectVersion, key: str, *, metadata: Mapping[str, str] | None = None
+    ) -> ObjectInfo:
+        """Copy on the lake's side. Raises ObjectChanged, ObjectMissing.
+
+        The copy has the source's metadata, or *metadata* instead where that is given: then *key* may
+        be the source's own.
+        """
 
     def delete_many(self, keys: Iterable[str]) -> dict[str, LakeError]:
         """Delete the keys (any number); return those that failed. A missing key is no failure."""

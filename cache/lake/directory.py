@@ -59,6 +59,7 @@ class DirectoryLake:
     """Implements `cache.lake.base.Lake`. Keys that end in "/" are directories: put makes one."""
 
     part_bytes_min = 1
+    has_directories = True
 
     def __init__(self, config: LakeConfig) -> None:
         if not os.path.isabs(config.url):
@@ -183,14 +184,18 @@ class DirectoryLake:
             with self._translated(key, writing=True):
                 shutil.rmtree(directory)
 
-    def copy(self, source: ObjectVersion, key: str) -> ObjectInfo:
+    def copy(
+        self, source: ObjectVersion, key: str, *, metadata: Mapping[str, str] | None = None
+    ) -> ObjectInfo:
+        if metadata is not None and key == source.key:
+            return self._restate(source, dict(metadata))
         with self._translated(source.key), self._opened(source.key) as source_fd:
             self._verify(source, source_fd)
-            metadata = self._metadata(source.key, source_fd)
+            metadata = self._metadata(source.key, source_fd) if metadata is None else dict(metadata)
             with self._translated(key, writing=True), self._incoming() as (fd, path):
                 copy_bytes(source_fd, fd, source.size_bytes)
                 self._verify(source, source_fd)
-                return self._commit(key, fd, path, metadata, None, False)
+                return self._commit(key, fd, path, dict(metadata), None, False)
 
     def delete_many(self, keys: Iterable[str]) -> dict[str, LakeError]:
         failed: dict[str, LakeError] = {}
@@ -205,6 +210,14 @@ class DirectoryLake:
 
     def close(self) -> None:
         pass
+
+    def _restate(self, source: ObjectVersion, metadata: dict[str, str]) -> ObjectInfo:
+        """Change the metadata alone. Bytes and time, and so the ETag, stay what they are."""
+        with self._translated(source.key, writing=True), self._locked(), self._opened(source.key) as fd:
+            self._verify(source, fd)
+            self._store_metadata(source.key, fd, source.etag, metadata)
+            os.fsync(fd)
+            return _info(source.key, os.fstat(fd), metadata)
 
     def _delete(self, key: str) -> None:
         path = self._path(key)

@@ -42,6 +42,7 @@ class FakeLake:
     """
 
     part_bytes_min = 1
+    has_directories = False
 
     def __init__(self, url: str = "fake://lake", fault: Fault | None = None) -> None:
         self.url = url
@@ -133,7 +134,8 @@ class FakeLake:
         self._meet("put_part", key)
         with self._mutex:
             content = bytes(body)
-            part = Part(number, f'"{hashlib.blake2b(content, digest_size=8).hexdigest()}"', len(content))
+            digest = hashlib.md5(content, usedforsecurity=False).hexdigest()  # As S3 has it.
+            part = Part(number, f'"{digest}"', len(content))
             self._upload(key, upload_id).parts[number] = (part, content)
             return part
 
@@ -170,13 +172,16 @@ class FakeLake:
         with self._mutex:
             self._uploads.pop(upload_id, None)
 
-    def copy(self, source: ObjectVersion, key: str) -> ObjectInfo:
+    def copy(
+        self, source: ObjectVersion, key: str, *, metadata: Mapping[str, str] | None = None
+    ) -> ObjectInfo:
         self._meet("copy", source.key)
         with self._mutex:
             stored = self._stored(source.key)
             if stored.info.version != source:
                 raise ObjectChanged(f"{self._where(source.key)}: has changed in the lake")
-            return self._store(key, stored.body, dict(stored.info.metadata), None, False)
+            kept = stored.info.metadata if metadata is None else metadata
+            return self._store(key, stored.body, dict(kept), None, False)
 
     def delete_many(self, keys: Iterable[str]) -> dict[str, LakeError]:
         failed: dict[str, LakeError] = {}

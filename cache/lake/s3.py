@@ -46,6 +46,14 @@ from cache.model import GIB, MIB, ObjectInfo, ObjectVersion
 
 DELETE_KEYS_MAX = 1000  # S3 API, DeleteObjects.
 _FAILURES = (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, OSError, ValueError)
+_HEADERS_KEPT = (  # Of an object whose metadata is replaced.
+    "CacheControl",
+    "ContentDisposition",
+    "ContentEncoding",
+    "ContentLanguage",
+    "ContentType",
+    "StorageClass",
+)
 _NO_DELETE_MANY = {
     "MissingContentMD5",
     "NotImplemented",
@@ -63,6 +71,7 @@ class S3Lake:
     """
 
     part_bytes_min = 5 * MIB
+    has_directories = False
     copy_bytes_max = 5 * GIB  # S3 API, CopyObject. Beyond it, UploadPartCopy.
     copy_part_bytes = 512 * MIB
 
@@ -229,16 +238,19 @@ class S3Lake:
         except ObjectMissing:
             pass  # Unknown, or completed: there is nothing left to forget.
 
-    def copy(self, source: ObjectVersion, key: str) -> ObjectInfo:
+    def copy(
+        self, source: ObjectVersion, key: str, *, metadata: Mapping[str, str] | None = None
+    ) -> ObjectInfo:
         if source.size_bytes > self.copy_bytes_max:
-            return self._copy_in_parts(source, key)
+            return self._copy_in_parts(source, key, metadata)
+        described = {"MetadataDirective": "COPY"} if metadata is None else self._described(source, metadata)
         with self._translated(source.key):
             reply = self._connected().client.copy_object(
-                Bucket=self._bucket, Key=self._prefix + key, MetadataDirective="COPY", **self._source(source)
+                Bucket=self._bucket, Key=self._prefix + key, **self._source(source), **described
             )
             result = reply["CopyObjectResult"]
             version = ObjectVersion(key, quoted(result["ETag"]), source.size_bytes)
-            return ObjectInfo(version, _nanoseconds(result["LastModified"]))
+            return ObjectInfo(version, _nanoseconds(result["LastModified"]), dict(metadata or {}))
 
     def delete_many(self, keys: Iterable[str]) -> dict[str, LakeError]:
         failed: dict[str, LakeError] = {}
@@ -309,11 +321,21 @@ class S3Lake:
             "CopySourceIfMatch": source.etag,
         }
 
-    def _copy_in_parts(self, source: ObjectVersion, key: str) -> ObjectInfo:
+    def _described(self, source: ObjectVersion, metadata: Mapping[str, str]) -> dict[str, Any]:
+        """Return what makes a copy have *metadata*, and the source's other headers: REPLACE drops them."""
+        with self._translated(source.key):
+            reply = self._connected().client.head_object(Bucket=self._bucket, Key=self._prefix + source.key)
+        self._verify(source, reply["ETag"], reply["ContentLength"])
+        kept = {name: reply[name] for name in _HEADERS_KEPT if reply.get(name)}
+        return {"MetadataDirective": "REPLACE", "Metadata": dict(metadata), **kept}
+
+    def _copy_in_parts(
+        self, source: ObjectVersion, key: str, metadata: Mapping[str, str] | None
+    ) -> ObjectInfo:
         info = self.head(source.key)
         if info.version != source:
             raise ObjectChanged(f"{self._place.object(source.key)}: has changed in the lake")
-        upload_id = self.start_multipart(key, metadata=info.metadata)
+        upload_id = self.start_multipart(key, metadata=info.metadata if metadata is None else metadata)
         try:
             parts = [
                 self._copy_part(source, key, upload_id, number, offset)

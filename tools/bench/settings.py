@@ -35,10 +35,13 @@ class Settings:
             shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
-    def mounted(self, endpoint: Endpoint, options: Sequence[str] = ()) -> Iterator[Mounted]:
+    def mounted(
+        self, endpoint: Endpoint, options: Sequence[str] = (), *, writable: bool = False
+    ) -> Iterator[Mounted]:
         """Yield the bucket, freshly mounted with an empty cache; both are gone at the end."""
+        access = "--no-read-only" if writable else "--read-only"
         with self.directory("mount") as path:
-            lake_options = [f"--endpoint-url={endpoint.url}", *options, *self.mount_options]
+            lake_options = [f"--endpoint-url={endpoint.url}", access, *options, *self.mount_options]
             environment = endpoint.environment()
             with Mounted(f"s3://{BUCKET}", path / "data", path / "cache", lake_options, environment) as mount:
                 yield mount

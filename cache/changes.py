@@ -1,0 +1,294 @@
+"""The workers' changes: asked of the lake first what they depend on, then applied, once each.
+
+A change is answered when the index has it; the JournalKeeper writes it down soon after. fsync waits
+for that (`sync`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from typing import Protocol
+
+import msgspec
+import trio
+
+from cache import messages
+from cache.committer import Committer
+from cache.copy_up import CopyUp
+from cache.counters import Counters, WriteBudget
+from cache.errors import MountReadOnly
+from cache.index import Index, IndexWriter
+from cache.journaling import JournalKeeper
+from cache.lister import Lister
+from cache.messages import Answer
+from cache.model import Inode
+from cache.opens import OpenTable
+from cache.pending import OPEN, SEALED, Orphan, PendingTable, Put
+from cache.renaming import replace
+from cache.staging import StagingFiles
+from cache.tree import TreeChange, attributes_of, xattrs_bytes
+
+log = logging.getLogger(__name__)
+
+_ANSWERS_MAX = 4096  # Between a change and its second coming there are fewer others.
+_BUDGET_EVERY_S = 0.2
+_METADATA_BYTES = 1500  # S3 takes 2 KB of metadata, some of which says mode, owner, times and checksum.
+
+
+class Sender(Protocol):
+    """What is asked of the uploader here."""
+
+    @property
+    def dirty_bytes(self) -> int: ...
+
+    def wake(self) -> None: ...
+
+    async def wait_for(self, inode: int) -> None: ...
+
+
+class Changes:
+    """*owner*: uid and gid where nothing else was set. *read_only_because*: nothing may be changed."""
+
+    def __init__(
+        self,
+        index: Index,
+        committer: Committer,
+        table: PendingTable,
+        staging: StagingFiles,
+        opens: OpenTable | None,
+        keeper: JournalKeeper,
+        lister: Lister,
+        copy_up: CopyUp,
+        sender: Sender,
+        counters: Counters,
+        budget: WriteBudget,
+        dirty_bytes_max: int,
+        owner: tuple[int, int],
+        read_only_because: str = "",
+    ) -> None:
+        self._index = index
+        self._committer = committer
+        self._table = table
+        self._staging = staging
+        self._opens = opens
+        self._keeper = keeper
+        self._lister = lister
+        self._copy_up = copy_up
+        self._sender = sender
+        self._counters = counters
+        self._budget = budget
+        self._read_only_because = read_only_because
+        self._dirty_bytes_max = dirty_bytes_max
+        self._owner = owner
+        self._room = trio.Event()
+        self._is_full = False
+        self._told_of_xattrs = False
+        # Ids whose answers the index has, oldest first, and the number that the next one gets.
+        self._answered = deque(index.answer_ids())
+        self._next_answer = index.answers_given()
+
+    # Changes
+
+    async def apply(self, request: messages.Change, id: int) -> Answer:
+        """Carry out *request*, unless the change *id* happened before; return its answer.
+
+        Raises NamespaceError, MountReadOnly, StagingFull, LakeError, CacheError.
+        """
+        self._check()
+        known = self._index.answer(id) if id else None
+        if known is not None:
+            return _unpack(known)
+        await self._look(request)
+        changed: list[TreeChange] = []
+        try:
+            answer = await self._committer.commit(lambda w: self._once(w, request, id, changed))
+        except BaseException:
+            for change in changed:
+                for number in change.created:
+                    self._staging.remove(number)
+            raise
+        for change in changed:
+            for number in change.discarded:
+                self._keeper.discard(number)
+        self._sender.wake()
+        if isinstance(request, messages.SetXattr):
+            self._tell_of_xattrs(request.inode)
+        return answer
+
+    def _check(self) -> None:
+        self._keeper.check()
+        if self._read_only_because:
+            raise MountReadOnly(self._read_only_because)
+
+    def _once(self, w: IndexWriter, request: messages.Change, id: int, changed: list[TreeChange]) -> Answer:
+        known = w.answer(id) if id else None
+        if known is not None:  # It came twice at one time.
+            return _unpack(known)
+        change = TreeChange(w, self._table, self._staging, self._opens, self._owner, time.time_ns())
+        changed.append(change)
+        answer = Answer(0, value=change.apply(request))
+        if id:
+            self._remember(w, id, answer)
+        return answer
+
+    def _remember(self, w: IndexWriter, id: int, answer: Answer) -> None:
+        w.put_answer(id, self._next_answer, msgspec.msgpack.encode(answer))
+        self._next_answer += 1
+        self._answered.append(id)
+        while len(self._answered) > _ANSWERS_MAX:
+            w.remove_answer(self._answered.popleft())
+
+    async def _look(self, request: messages.Change) -> None:
+        """Have the index say what the lake has where that decides what happens."""
+        match request:
+            case messages.Rename():
+                await self._know(request.parent, request.name)
+                await self._know(request.new_parent, request.new_name)
+                if not request.flags:
+                    await self._know_entries(request.new_parent, request.new_name)
+            case messages.RemoveDirectory(parent, name):
+                await self._know(parent, name)
+                await self._know_entries(parent, name)
+            case messages.SetAttributes() | messages.SetXattr():
+                pass
+            case _:
+                await self._know(request.parent, request.name)
+
+    async def _know(self, parent: int, name: bytes) -> None:
+        if self._is_directory(parent):
+            await self._lister.lookup(Inode(parent), name)
+
+    async def _know_entries(self, parent: int, name: bytes) -> None:
+        found = self._index.child(parent, name)
+        if found is not None and found[1].is_directory:
+            await self._lister.list_directory(found[0])
+
+    def _is_directory(self, inode: int) -> bool:
+        node = self._index.node(inode)
+        return node is not None and node.is_directory and not self._index.is_detached(inode)
+
+    def _tell_of_xattrs(self, inode: int) -> None:
+        node = self._index.node(inode)
+        if self._told_of_xattrs or node is None:
+            return
+        if xattrs_bytes(attributes_of(node, self._owner).xattrs) > _METADATA_BYTES:
+            self._told_of_xattrs = True
+            log.warning(
+                "%s: its extended attributes are more than an object's metadata has room for: they are"
+                " kept in this cache directory only, as are those of other such files",
+                os.fsdecode(self._index.path_of(inode)),
+            )
+
+    # Files that are written
+
+    async def stage(self, inode: int, keep_bytes: int) -> int:
+        """Return the number of the file's staging file: see `messages.Stage`.
+
+        Raises LakeError, StagingFull, CacheError, NamespaceError, MountReadOnly.
+        """
+        self._check()
+        number = await self._copy_up.stage(inode, keep_bytes)
+        if any(isinstance(row, Put) and row.state == SEALED for _, row in self._table.of_inode(inode)):
+            await self._committer.commit(lambda w: self._reopen(w, inode))
+        return number
+
+    def _reopen(self, w: IndexWriter, inode: int) -> None:
+        for seq, row in self._table.of_inode(inode):
+            if isinstance(row, Put) and row.state == SEALED and row.staged:
+                self._table.replace(w, seq, replace(row, state=OPEN, size_bytes=-1))
+
+    async def closed(self, inode: int) -> None:
+        """The last handle for writing is gone, or the last at all: seal the file, or let it go."""
+        node = self._index.node(inode)
+        if node is None:
+            return
+        if self._index.is_detached(inode):
+            await self._let_go(inode)
+        elif self._opens is None or not self._opens.state(inode).may_be_written:
+            await self._committer.commit(lambda w: self._seal(w, inode))
+            self._sender.wake()
+
+    def _seal(self, w: IndexWriter, inode: int) -> None:
+        node = w.node(inode)
+        for seq, row in self._table.of_inode(inode):
+            if node is not None and isinstance(row, Put) and row.state == OPEN:
+                stat = self._staging.stat(row.staged)
+                size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
+                w.put_node(inode, replace(node, size_bytes=size_bytes, mtime_ns=mtime_ns))
+                sealed = replace(row, state=SEALED, size_bytes=size_bytes, mtime_ns=mtime_ns)
+                self._table.replace(w, seq, replace(sealed, sealed_at_s=time.time()))
+
+    async def _let_go(self, inode: int) -> None:
+        """Forget an unlinked file that nobody has open any more."""
+
+        def forget(w: IndexWriter) -> int:
+            node = w.node(inode)
+            if node is None or (self._opens is not None and self._opens.state(inode).is_open):
+                return 0
+            for seq, row in self._table.of_inode(inode):
+                if isinstance(row, Orphan):
+                    self._table.remove(w, seq)
+            w.forget(inode)
+            return node.staged
+
+        number = await self._committer.commit(forget)
+        if number:
+            self._keeper.discard(number)
+        self._sender.wake()  # Deletes wait for the last close.
+
+    async def sync(self, inode: int, length_bytes: int, remote: bool) -> None:
+        """Return when all that was changed so far is durable: see `messages.Sync`.
+
+        Raises MountReadOnly; LakeError where the lake refuses the file.
+        """
+        if length_bytes >= 0 and any(isinstance(row, Put) for _, row in self._table.of_inode(inode)):
+            await self._committer.commit(lambda w: self._note_synced(w, inode, length_bytes))
+        await self._keeper.settled()
+        if remote:
+            await self._sender.wait_for(inode)
+
+    def _note_synced(self, w: IndexWriter, inode: int, length_bytes: int) -> None:
+        for seq, row in self._table.of_inode(inode):
+            if isinstance(row, Put) and row.synced_bytes != length_bytes:
+                self._table.replace(w, seq, replace(row, synced_bytes=length_bytes))
+
+    # Dirty bytes
+
+    async def await_room(self) -> None:
+        """Return when there are fewer dirty bytes than there may be. Raises MountReadOnly."""
+        while self._sender.dirty_bytes >= self._dirty_bytes_max:
+            if self._keeper.failed:
+                raise MountReadOnly(self._keeper.read_only_because)
+            await self._room.wait()
+
+    async def run(self) -> None:
+        """Tell the workers how much they may write, for ever."""
+        while True:
+            self.set_budget()
+            await trio.sleep(_BUDGET_EVERY_S)
+
+    def set_budget(self) -> None:
+        left_bytes = self._dirty_bytes_max - self._sender.dirty_bytes
+        written_bytes = self._counters.total("bytes_written")
+        self._budget.allowed_until = max(0, written_bytes + left_bytes)
+        if (left_bytes <= 0) != self._is_full:
+            self._is_full = not self._is_full
+            self._tell_of_fullness()
+        room, self._room = self._room, trio.Event()
+        room.set()  # Who finds no room waits for the next one.
+
+    def _tell_of_fullness(self) -> None:
+        if self._is_full:
+            log.warning(
+                "%d bytes wait for their upload, all that --dirty-max allows: writers wait",
+                self._sender.dirty_bytes,
+            )
+        else:
+            log.info("writers go on: fewer bytes than --dirty-max wait for their upload")
+
+
+def _unpack(packed: bytes) -> Answer:
+    return msgspec.msgpack.decode(packed, type=Answer)

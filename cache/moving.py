@@ -1,0 +1,382 @@
+"""What changes in the lake without bytes of ours: moves, deletes, markers of directories, metadata.
+
+Each step can be done twice. Of a move: copy all, then one transaction that says so (`Move.copied`, origins
+and ETags), then delete the old keys, then the row goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import msgspec
+import trio
+
+from cache.committer import Committer
+from cache.errors import LakeError, ObjectChanged, ObjectExists, ObjectMissing
+from cache.index import Index, IndexWriter
+from cache.journaling import JournalKeeper
+from cache.lake_io import LakeIO
+from cache.metadata import metadata_of, restated
+from cache.model import Inode, ObjectInfo, ObjectVersion
+from cache.pending import Delete, Mark, Move, PendingTable, Restate, prefixes
+from cache.records import Node
+from cache.sending import Stale, run_all
+from cache.uploading import put_origin
+
+log = logging.getLogger(__name__)
+
+DELETE_KEYS_MAX = 1000  # In one request.
+_COPIES_AT_ONCE = 32
+_CHANGES_MAX = 3  # Times that an object may change while it is copied.
+replace = msgspec.structs.replace
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """*source* is what was copied; *info* what it became, None if neither was there."""
+
+    source: ObjectVersion
+    info: ObjectInfo | None
+
+
+@dataclass
+class _Tree:
+    """A directory's move under way: what was found under its old keys."""
+
+    source: str
+    target: str
+    copied: list[_Copied] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)  # Old keys that are to be deleted.
+
+
+class Moves:
+    """Carries out Move, Delete, Mark and Restate rows.
+
+    All raise LakeError and leave the row, Stale where there is nothing to do. `changed` gets the
+    entries that turned out to be something else in the lake: for the lister to look at.
+    """
+
+    def __init__(
+        self, lake: LakeIO, index: Index, committer: Committer, table: PendingTable, keeper: JournalKeeper
+    ) -> None:
+        self._lake = lake
+        self._index = index
+        self._committer = committer
+        self._table = table
+        self._keeper = keeper
+        self._copies = trio.CapacityLimiter(_COPIES_AT_ONCE)
+        self.changed: list[tuple[Inode, bytes]] = []
+
+    async def move(self, seq: int) -> None:
+        row = self._table.rows.get(seq)
+        if not isinstance(row, Move):
+            raise Stale(str(seq))
+        if row.is_tree:
+            await self._move_tree(seq, row)
+        else:
+            await self._move_file(seq, row)
+        await self._finish(seq)
+
+    # One object
+
+    async def _move_file(self, seq: int, row: Move) -> None:
+        source, target = os.fsdecode(row.source), os.fsdecode(row.key)
+        if not row.copied:
+            asked = ObjectVersion(source, row.etag, row.size_bytes)
+            if source == target:
+                copied = _Copied(asked, None)
+            else:
+                copied = await self._copy(asked, target)
+            await self._committer.commit(lambda w: self._flip_file(w, seq, row, copied))
+            if source != target and (copied.info is None or copied.source != asked):
+                self._note_changed(row.inode)
+        if source != target:
+            await self._keeper.settled()
+            await self._delete([source])
+
+    async def _copy(self, version: ObjectVersion, target: str) -> _Copied:
+        """Copy *version*, or what has taken its place meanwhile. It may have been copied already."""
+        key = version.key
+        for _ in range(_CHANGES_MAX):
+            try:
+                async with self._copies:
+                    return _Copied(version, await self._lake.copy(version, target))
+            except ObjectChanged:
+                log.warning("%s: changed in the lake while it was moved; what is there now moves", key)
+            except ObjectMissing:
+                return await self._arrived(version, target)
+            try:
+                version = (await self._lake.head(version.key)).version
+            except ObjectMissing:
+                return await self._arrived(version, target)
+        raise ObjectChanged(f"{version.key}: changes again and again while it is moved")
+
+    async def _arrived(self, version: ObjectVersion, target: str) -> _Copied:
+        """Tell what became of an object that is not under its old key any more."""
+        try:
+            info = await self._lake.head(target)
+        except ObjectMissing:
+            info = None
+        if info is not None and info.version.size_bytes == version.size_bytes:
+            return _Copied(version, info)  # Copied and deleted, and the end of the process came first.
+        log.warning("%s: is gone from the lake, it can't be moved", version.key)
+        return _Copied(version, None)
+
+    def _flip_file(self, w: IndexWriter, seq: int, row: Move, copied: _Copied) -> None:
+        now = self._table.rows.get(seq)
+        if not isinstance(now, Move):
+            return  # Removed meanwhile, with Deletes of both keys.
+        self._table.replace(w, seq, replace(row, copied=True, error=""))
+        node = w.node(row.inode)
+        if copied.info is not None:
+            self._tell_followers(w, seq, row.key, copied.info.version.etag)
+            if node is not None and (node.etag, node.size_bytes) == (row.etag, row.size_bytes):
+                node = replace(node, etag=copied.info.version.etag)
+        if node is not None and not node.staged:
+            put_origin(w, row.inode, node, row.key)
+
+    def _tell_followers(self, w: IndexWriter, seq: int, key: bytes, etag: str) -> None:
+        """Have moves that wait for this one to go on from *key* know what they will find."""
+        for other, row in self._table.touching(key):
+            if other != seq and isinstance(row, Move) and row.source == key:
+                self._table.replace(w, other, replace(row, etag=etag))
+
+    def _note_changed(self, inode: int) -> None:
+        node = self._index.node(inode)
+        if node is not None and not self._index.is_detached(inode):
+            self.changed.append((Inode(node.parent), node.name))
+
+    async def _finish(self, seq: int) -> None:
+        def change(w: IndexWriter) -> None:
+            self._table.running.pop(seq, None)
+            self._table.remove(w, seq)
+
+        await self._committer.commit(change)
+
+    # A directory
+
+    async def _move_tree(self, seq: int, row: Move) -> None:
+        tree = _Tree(os.fsdecode(row.source), os.fsdecode(row.key))
+        if tree.source == tree.target:
+            await self._committer.commit(lambda w: self._flip_tree(w, seq, row, tree))
+            return
+        arrived = await self._sizes_below(tree.target) if row.copied else {}
+
+        async def move_page(page: Sequence[ObjectInfo]) -> None:
+            wanted = [info.version for info in page if self._take(row, tree, info.version, arrived, seq)]
+            moves = iter(wanted)
+            await run_all([partial(self._copy_some, tree, moves)] * min(_COPIES_AT_ONCE, len(wanted)))
+
+        await self._each_page(tree.source, move_page)
+        directories = await self._directories(tree.source)
+        for prefix in directories:  # Some may be empty.
+            await self._lake.put(tree.target + prefix[len(tree.source) :], b"", {})
+        if not row.copied:
+            await self._committer.commit(lambda w: self._flip_tree(w, seq, row, tree))
+        await self._keeper.settled()
+        gone = [*tree.gone, *reversed(directories)]
+        await self._delete([key for key in gone if not self._is_needed(os.fsencode(key), seq)])
+
+    def _take(
+        self, row: Move, tree: _Tree, version: ObjectVersion, arrived: dict[str, int], seq: int
+    ) -> bool:
+        """Return whether the object is to be copied; note whether its old key is to go."""
+        if self._is_needed(os.fsencode(version.key), seq):
+            return False  # It was moved elsewhere since: that move takes it from here.
+        tree.gone.append(version.key)
+        rest = version.key[len(tree.source) :]
+        if arrived.get(tree.target + rest) == version.size_bytes:
+            return False
+        return not self._is_superseded(row.inode, os.fsencode(rest))
+
+    def _is_needed(self, key: bytes, seq: int) -> bool:
+        """Return whether what the lake has under *key* was moved out of this directory while it moved.
+
+        The first later operation there is then the move that takes it; before any other that begins
+        there, something else comes to this key.
+        """
+        for place in (key, *prefixes(key)):
+            later = [row for other, row in self._table.touching(place) if other > seq]
+            if later and isinstance(later[0], Move) and later[0].source == place and not later[0].copied:
+                return True
+        return False
+
+    def _is_superseded(self, inode: int, rest: bytes) -> bool:
+        """Return whether the mount shows something of its own below the directory at *rest*."""
+        node: Node | None = None
+        for name in rest.split(b"/"):
+            found = self._index.child(inode, name)
+            if found is None:
+                return False
+            inode, node = found
+            if node.origin or node.staged:
+                return True
+        return False
+
+    async def _copy_some(self, tree: _Tree, versions: Iterator[ObjectVersion]) -> None:
+        for version in versions:
+            copied = await self._copy(version, tree.target + version.key[len(tree.source) :])
+            tree.copied.append(copied)
+
+    async def _each_page(self, prefix: str, take: Callable[[Sequence[ObjectInfo]], Awaitable[None]]) -> None:
+        """Have *take* called for each page of what is below *prefix*."""
+        token: str | None = None
+        while True:
+            page = await self._lake.list_page(prefix, token, delimiter=False)
+            await take(page.objects)
+            token = page.next_token
+            if token is None:
+                return
+
+    async def _sizes_below(self, prefix: str) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+
+        async def take(page: Sequence[ObjectInfo]) -> None:
+            sizes.update({info.version.key: info.version.size_bytes for info in page})
+
+        await self._each_page(prefix, take)
+        return sizes
+
+    async def _directories(self, prefix: str) -> list[str]:
+        """Return the directory *prefix*, if it is there, and all below it, deeper ones later.
+
+        A bucket has none: there a directory is nothing but its objects, a marker among them.
+        """
+        if not self._lake.lake.has_directories:
+            return []
+        try:
+            await self._lake.head(prefix)
+        except ObjectMissing:
+            return []
+        found, left = [prefix], [prefix]
+        while left:
+            page = await self._lake.list_page(left.pop(), None)
+            left += page.prefixes
+            found += page.prefixes
+        return found
+
+    def _flip_tree(self, w: IndexWriter, seq: int, row: Move, tree: _Tree) -> None:
+        now = self._table.rows.get(seq)
+        if not isinstance(now, Move):
+            return
+        self._table.replace(w, seq, replace(row, copied=True, error=""))
+        for copied in tree.copied:
+            self._take_etag(w, row.inode, tree, copied)
+        node = w.node(row.inode)
+        if node is not None:
+            put_origin(w, row.inode, node, row.key)
+
+    def _take_etag(self, w: IndexWriter, inode: int, tree: _Tree, copied: _Copied) -> None:
+        if copied.info is None or copied.info.version.etag == copied.source.etag:
+            return
+        found = _find(w, inode, os.fsencode(copied.source.key[len(tree.source) :]))
+        if found is None:
+            return
+        child, node = found
+        if (node.etag, node.size_bytes) == (copied.source.etag, copied.source.size_bytes):
+            w.put_node(child, replace(node, etag=copied.info.version.etag))
+
+    # Deletes
+
+    async def delete(self, seqs: Sequence[int]) -> dict[int, LakeError]:
+        """Carry out Delete rows, up to DELETE_KEYS_MAX; return those that failed."""
+        rows = {seq: row for seq in seqs if isinstance(row := self._table.rows.get(seq), Delete)}
+        keys = {os.fsdecode(row.key): seq for seq, row in rows.items()}
+        failed = await self._lake.delete_many(list(keys)) if keys else {}
+        errors = {keys[key]: error for key, error in failed.items()}
+
+        def change(w: IndexWriter) -> None:
+            for seq in seqs:
+                if seq not in errors:
+                    self._table.running.pop(seq, None)
+                    self._table.remove(w, seq)
+
+        await self._committer.commit(change)
+        return errors
+
+    async def _delete(self, keys: Sequence[str]) -> None:
+        """Delete all *keys*, in their order; raises the first failure."""
+        for start in range(0, len(keys), DELETE_KEYS_MAX):
+            batch = keys[start : start + DELETE_KEYS_MAX]
+            failed = await self._lake.retrying("delete", batch[0], partial(self._delete_batch, batch))
+            if failed:
+                raise next(iter(failed.values()))
+
+    async def _delete_batch(self, batch: Sequence[str]) -> dict[str, LakeError]:
+        return await self._lake.delete_many(batch)
+
+    # Markers and metadata
+
+    async def mark(self, seq: int) -> None:
+        row = self._table.rows.get(seq)
+        if not isinstance(row, Mark):
+            raise Stale(str(seq))
+        await self._put_marker(row)
+
+        def change(w: IndexWriter) -> None:
+            self._table.running.pop(seq, None)
+            now = self._table.rows.get(seq)
+            if now == row:
+                self._table.remove(w, seq)
+            elif isinstance(now, Mark):
+                self._table.replace(w, seq, replace(now, is_new=now.is_new and now.key != row.key))
+
+        await self._committer.commit(change)
+
+    async def _put_marker(self, row: Mark | Restate) -> None:
+        mtime_ns = row.mtime_ns if isinstance(row, Restate) else 0
+        await self._lake.put(os.fsdecode(row.key), b"", metadata_of(row.attributes, mtime_ns))
+
+    async def restate(self, seq: int) -> None:
+        row = self._table.rows.get(seq)
+        if not isinstance(row, Restate):
+            raise Stale(str(seq))
+        node = self._index.node(row.inode)
+        info: ObjectInfo | None = None
+        if node is not None and node.is_directory:
+            await self._put_marker(row)
+        elif node is not None:
+            info = await self._copy_in_place(row, node)
+
+        def change(w: IndexWriter) -> None:
+            self._table.running.pop(seq, None)
+            if self._table.rows.get(seq) == row:
+                self._table.remove(w, seq)
+            now = w.node(row.inode)
+            if info is not None and now is not None and now.etag == node.etag:  # type: ignore[union-attr]
+                w.put_node(row.inode, replace(now, etag=info.version.etag))
+
+        await self._committer.commit(change)
+
+    async def _copy_in_place(self, row: Restate, node: Node) -> ObjectInfo | None:
+        """Give the object its new metadata; None where it is not the one that the row is about."""
+        key = os.fsdecode(row.key)
+        for _ in range(_CHANGES_MAX):
+            try:
+                info = await self._lake.head(key)
+                if info.version.etag != node.etag:
+                    log.warning("%s: has changed in the lake: its mode, owner and times stay", key)
+                    return None
+                metadata = restated(info.metadata, row.attributes, row.mtime_ns)
+                return await self._lake.copy(info.version, key, metadata)
+            except (ObjectChanged, ObjectExists):
+                continue
+            except ObjectMissing:
+                log.warning("%s: is gone from the lake: its mode, owner and times can't be stored", key)
+                return None
+        return None
+
+
+def _find(w: IndexWriter, inode: int, rest: bytes) -> tuple[int, Node] | None:
+    """Return the node at the path *rest* below a directory, with the changes of this transaction."""
+    found: tuple[int, Node] | None = None
+    for name in rest.split(b"/"):
+        found = w.child(inode, name)
+        if found is None:
+            return None
+        inode = found[0]
+    return found

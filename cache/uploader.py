@@ -1,0 +1,289 @@
+"""Brings to the lake what is pending, and tells and asks about it: queue, receipts, drain, conflicts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import trio
+
+from cache.committer import Committer
+from cache.dispatching import Dispatcher, Progress, RefreshEntry, UploadConfig
+from cache.errors import LakeError, NameMissing, ObjectMissing
+from cache.index import Index, IndexWriter
+from cache.journaling import JournalKeeper
+from cache.lake_io import LakeIO
+from cache.model import Inode
+from cache.opens import OpenTable
+from cache.pending import (
+    CONFLICT,
+    FAILED,
+    OPEN,
+    SEALED,
+    Delete,
+    Local,
+    Orphan,
+    Pending,
+    PendingTable,
+    Put,
+    path_of,
+)
+from cache.residency import Residency
+from cache.staging import StagingFiles
+from cache.uploading import Receipt
+
+log = logging.getLogger(__name__)
+
+_RECEIPTS_MAX = 10_000
+replace = msgspec.structs.replace
+
+
+class Uploader:
+    """Make it after the table was loaded, before anybody changes it; `run` goes into the mover's nursery."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        lake: LakeIO,
+        index: Index,
+        committer: Committer,
+        table: PendingTable,
+        staging: StagingFiles,
+        residency: Residency,
+        opens: OpenTable | None,
+        keeper: JournalKeeper,
+        config: UploadConfig,
+        refresh_entry: RefreshEntry,
+    ) -> None:
+        """*refresh_entry*: the lister's; called where the lake turned out to have something else."""
+        self._lake = lake
+        self._committer = committer
+        self._table = table
+        self._staging = staging
+        self._refresh_entry = refresh_entry
+        self._receipts: OrderedDict[bytes, Receipt] = OrderedDict()
+        self._dispatcher = Dispatcher(
+            nursery,
+            lake,
+            index,
+            committer,
+            table,
+            staging,
+            residency,
+            opens,
+            keeper,
+            config,
+            refresh_entry,
+            self._keep_receipt,
+        )
+
+    async def run(self) -> None:
+        """Work for ever."""
+        await self._dispatcher.run()
+
+    def wake(self) -> None:
+        """Have rows that changed looked at. To be called after each commit that changed some."""
+        self._dispatcher.wake()
+
+    @property
+    def dirty_bytes(self) -> int:
+        """The bytes in staging files that the lake has not."""
+        return self._dispatcher.dirty_bytes
+
+    # Waiting
+
+    async def wait_for(self, inode: int) -> None:
+        """Return when the lake has the file as it is now. Raises LakeError where it won't, for now."""
+        urgent = self._dispatcher.urgent
+        urgent[inode] += 1
+        self._dispatcher.look_again(seq for seq, _ in self._table.of_inode(inode))
+        try:
+            asked_ns = self._state_ns(inode)
+            while self._lacks(inode, asked_ns):
+                await self._dispatcher.moved_on.wait()
+        finally:
+            urgent[inode] -= 1
+            if not urgent[inode]:
+                del urgent[inode]
+
+    def _state_ns(self, inode: int) -> int:
+        for _, row in self._table.of_inode(inode):
+            if isinstance(row, Put) and row.staged:
+                return self._staging.stat(row.staged).st_ctime_ns
+        return 1
+
+    def _lacks(self, inode: int, asked_ns: int) -> bool:
+        """Return whether the lake has no state of the file that is as new. Raises LakeError."""
+        for seq, row in self._table.of_inode(inode):
+            if not isinstance(row, Put):
+                continue
+            if row.state == CONFLICT:
+                raise LakeError(f"conflict: {row.error}")
+            progress = self._dispatcher.progress.get(seq)
+            if progress is not None and progress.refused:
+                raise LakeError(progress.error)
+            return progress is None or not (progress.is_idle or progress.uploaded_ns >= asked_ns)
+        return False
+
+    async def drain(self, on_progress: Callable[[int, int], None] | None = None, below: bytes = b"") -> None:
+        """Return when nothing is left but what is in conflict or was refused; quiet times are over.
+
+        *on_progress* gets the operations and bytes that are left, whenever they change. *below*: only
+        what is at or below this path is waited for.
+        """
+        dispatcher = self._dispatcher
+        dispatcher.hurries += 1
+        try:
+            dispatcher.look_again(self._table.rows)
+            while left := self._count_left(below):
+                if on_progress is not None:
+                    on_progress(left, dispatcher.dirty_bytes)
+                await dispatcher.moved_on.wait()
+        finally:
+            dispatcher.hurries -= 1
+
+    def _count_left(self, below: bytes) -> int:
+        left = self._dispatcher.count_left()
+        if not (left and below):
+            return left
+        rows = self._table.rows.items()
+        return sum(_is_at(row, below) and self._dispatcher.goes_on(seq) for seq, row in rows)
+
+    # Telling
+
+    def queue(self) -> list[dict[str, object]]:
+        """Return all pending operations, oldest first, for `sluice queue`."""
+        return [
+            self._described(seq, row)
+            for seq, row in sorted(self._table.rows.items())
+            if not isinstance(row, Local | Orphan)
+        ]
+
+    def _described(self, seq: int, row: Pending) -> dict[str, object]:
+        progress = self._dispatcher.progress.get(seq) or Progress(time.time(), time.time())
+        path = row.key if isinstance(row, Delete) else path_of(row)
+        return {
+            "path": os.fsdecode(path or b""),
+            "operation": type(row).__name__.lower(),
+            "state": self._state(seq, row, progress),
+            "bytes": progress.dirty_bytes,
+            "sent": progress.sent_bytes,
+            "error": progress.error or getattr(row, "error", ""),
+            "since": getattr(row, "sealed_at_s", 0.0) or progress.since_s,
+        }
+
+    def _state(self, seq: int, row: Pending, progress: Progress) -> str:
+        if isinstance(row, Put) and row.state == CONFLICT:
+            return CONFLICT
+        if seq in self._dispatcher.busy:
+            return "running"
+        if progress.refused or (isinstance(row, Put) and row.state == FAILED):
+            return FAILED
+        if progress.attempts:
+            return "retrying"
+        if isinstance(row, Put) and seq in self._dispatcher.open:
+            return OPEN
+        return "waiting"
+
+    def receipts(self, prefix: bytes = b"") -> list[dict[str, object]]:
+        """Return what was stored last of each path at or below *prefix*, oldest first."""
+        below = prefix.rstrip(b"/") + b"/" if prefix else b""
+        return [
+            {
+                "path": os.fsdecode(receipt.path),
+                "key": os.fsdecode(receipt.key),
+                "etag": receipt.etag,
+                "size": receipt.size_bytes,
+                "checksum": receipt.checksum,
+                "time": receipt.stored_at_s,
+            }
+            for receipt in self._receipts.values()
+            if receipt.path == prefix or receipt.path.startswith(below)
+        ]
+
+    def _keep_receipt(self, receipt: Receipt) -> None:
+        self._receipts.pop(receipt.path, None)
+        self._receipts[receipt.path] = receipt
+        if len(self._receipts) > _RECEIPTS_MAX:
+            self._receipts.popitem(last=False)
+
+    # Mending
+
+    async def retry(self, path: bytes | None = None) -> int:
+        """Try what failed at once again, at or below *path* (None: all); return how many."""
+        count = 0
+        for seq, row in sorted(self._table.rows.items()):
+            progress = self._dispatcher.progress.get(seq)
+            if progress is None or not progress.attempts or not _is_at(row, path):
+                continue
+            count += 1
+            self._dispatcher.forgive(seq)
+            await self._committer.commit(partial(self._clear_error, seq))
+        self._dispatcher.look_again(self._table.rows)
+        return count
+
+    def _clear_error(self, seq: int, w: IndexWriter) -> None:
+        row = self._table.rows.get(seq)
+        if isinstance(row, Put) and row.state == FAILED:
+            self._table.replace(w, seq, replace(row, state=SEALED, error=""))
+        else:
+            self._dispatcher.put_error(seq, "", w)
+
+    async def resolve(self, path: bytes, keep: str) -> None:
+        """End a conflict: what was written here replaces the lake's ("ours") or is put aside ("theirs").
+
+        Raises NameMissing where there is no conflict, LakeError.
+        """
+        assert keep in ("ours", "theirs"), keep
+        found = self._table.put_at(path)
+        if found is None or found[1].state != CONFLICT:
+            raise NameMissing(f"{os.fsdecode(path)}: there is no conflict")
+        seq, row = found
+        if keep == "ours":
+            await self._keep_ours(seq, row)
+        else:
+            await self._keep_theirs(seq, row)
+
+    async def _keep_ours(self, seq: int, row: Put) -> None:
+        try:
+            etag = (await self._lake.head(os.fsdecode(row.key))).version.etag
+        except ObjectMissing:
+            etag = ""
+
+        def change(w: IndexWriter) -> None:
+            now = self._table.rows.get(seq)
+            if isinstance(now, Put) and now.state == CONFLICT:
+                self._table.replace(w, seq, replace(now, base_etag=etag, state=SEALED, error=""))
+
+        await self._committer.commit(change)
+        self._dispatcher.wake()
+
+    async def _keep_theirs(self, seq: int, row: Put) -> None:
+        def change(w: IndexWriter) -> tuple[int, bytes] | None:
+            now = self._table.rows.get(seq)
+            if not isinstance(now, Put) or now.state != CONFLICT:
+                return None
+            self._table.remove(w, seq)
+            node = w.node(now.inode)
+            if node is None or w.is_detached(now.inode):
+                return None
+            w.detach(node.parent, node.name)
+            return node.parent, node.name
+
+        entry = await self._committer.commit(change)
+        if row.staged:
+            kept = await self._lake.run(lambda: self._staging.to_lost_found(row.staged, row.path))
+            log.info("%s: the lake's object counts; what was written here is %s", os.fsdecode(row.path), kept)
+        self._dispatcher.wake()
+        if entry is not None:
+            await self._refresh_entry(Inode(entry[0]), entry[1])
+
+
+def _is_at(row: Pending, path: bytes | None) -> bool:
+    place = row.key if isinstance(row, Delete) else path_of(row)
+    return path is None or (place is not None and (place == path or place.startswith(path + b"/")))

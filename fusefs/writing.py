@@ -1,0 +1,410 @@
+"""The POSIX verbs that change something. Knows no pyfuse3, so it is tested without a mount.
+
+Bytes go straight into staging files. Every change of the namespace is one message to the mover, with
+the number of the kernel's request (*id*): should this worker die, the kernel sends the request again
+to another one, with the same number, and the mover sees that it was carried out already.
+
+While a file is counted as open for writing (`OpenTable`), its staging file stays what it is. So a
+verb that writes either has a handle for writing, or counts itself as one (`_counted`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from cache.client import MoverClient
+from cache.counters import CounterRow, Counters, WriteBudget
+from cache.errors import (
+    AttributeMissing,
+    CacheError,
+    FileTooLarge,
+    NameExists,
+    NameTooLong,
+    NotSupported,
+    ObjectChanged,
+    ObjectMissing,
+    StagingFull,
+)
+from cache.index import Index
+from cache.messages import (
+    AwaitRoom,
+    Change,
+    Closed,
+    Create,
+    MakeDirectory,
+    MakeNode,
+    MakeSymlink,
+    SetAttributes,
+    SetXattr,
+    Stage,
+    Sync,
+)
+from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, Inode
+from cache.opens import OpenTable
+from cache.records import Node
+from cache.staging import StagingFiles
+from fusefs.durability import Durability
+from fusefs.filesystem import WRITING_BIT, Filesystem, inode_of
+
+log = logging.getLogger(__name__)
+
+# A thread costs 0.1 ms, about what writing so many bytes to the page cache does.
+_THREAD_BYTES = 64 * KIB
+_CUT_IN_THREAD_BYTES = 64 * MIB  # Giving so much back to the disk's file system takes a while.
+_TRIES_MAX = 6
+_XATTR_PREFIX = b"user."
+_KINDS = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
+_CLOSING = 1  # The lowest bit of a request's number is free (linux/fuse.h: FUSE_INT_REQ_BIT).
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who makes something, as the kernel says."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much the disk of the staging files has, and how much of it may be written now."""
+
+    total_bytes: int
+    free_bytes: int
+    files: int
+    free_files: int
+
+
+class WriteGate:
+    """Holds writers up while the lake lacks more bytes than --dirty-max.
+
+    *counters*: of all processes, *row*: this one's.
+    """
+
+    def __init__(self, counters: Counters, row: CounterRow, budget: WriteBudget, mover: MoverClient) -> None:
+        self._counters = counters
+        self._row = row
+        self._budget = budget
+        self._mover = mover
+        self._is_held_up = False
+
+    @property
+    def room_bytes(self) -> int:
+        return max(0, self._budget.allowed_until - self._counters.total("bytes_written"))
+
+    async def enter(self) -> None:
+        """Return when there is room. Raises SluiceError when the mover can't be asked."""
+        while self.room_bytes == 0:
+            if not self._is_held_up:
+                self._is_held_up = True
+                log.warning("writers wait: the lake lacks as many bytes as --dirty-max allows")
+            await self._mover.ask(AwaitRoom())
+        if self._is_held_up:
+            self._is_held_up = False
+            log.info("writers go on")
+
+    def wrote(self, length: int) -> None:
+        self._row.add("bytes_written", length)
+
+
+class Writing:
+    """*opens*: None where nobody counts (tests): then the mover is told of every close."""
+
+    def __init__(
+        self,
+        index: Index,
+        mover: MoverClient,
+        filesystem: Filesystem,
+        staging: StagingFiles,
+        opens: OpenTable | None,
+        gate: WriteGate,
+        durability: Durability,
+    ) -> None:
+        self._index = index
+        self._mover = mover
+        self._filesystem = filesystem
+        self._staging = staging
+        self._opens = opens
+        self._gate = gate
+        self.durability = durability
+
+    async def change(self, request: Change, id: int) -> Inode:
+        """Have the mover carry out *request*; return the inode that it made, if it made one."""
+        return Inode((await self._mover.ask(request, id)).value)
+
+    def _node(self, inode: Inode) -> Node:
+        node = self._index.node(inode)
+        if node is None:
+            raise ObjectMissing(f"inode {inode} is not known")
+        return node
+
+    # What is made
+
+    async def create(
+        self, parent: Inode, name: bytes, mode: int, owner: Owner, flags: int, id: int
+    ) -> tuple[int, Inode]:
+        """Make a file; return a handle for it, and its inode. Raises NameExists with O_EXCL."""
+        _check_name(name)
+        gid = self._gid_below(parent, owner)
+        try:
+            inode = await self.change(Create(parent, name, stat.S_IMODE(mode), owner.uid, gid), id)
+        except NameExists as error:
+            if flags & os.O_EXCL:
+                raise
+            # The kernel did not know the name: it looks again, and asks for the file's permissions.
+            raise ObjectChanged("the name was taken just now") from error
+        self._count_open(inode, writing=True, id=id)
+        return inode | WRITING_BIT, inode
+
+    async def make_node(
+        self, parent: Inode, name: bytes, mode: int, rdev: int, owner: Owner, id: int
+    ) -> Inode:
+        _check_name(name)
+        if stat.S_IFMT(mode) not in _KINDS:
+            raise NotSupported("a lake holds no device nodes")
+        gid = self._gid_below(parent, owner)
+        return await self.change(MakeNode(parent, name, mode, rdev, owner.uid, gid), id)
+
+    async def make_directory(self, parent: Inode, name: bytes, mode: int, owner: Owner, id: int) -> Inode:
+        _check_name(name)
+        gid, mode = self._gid_below(parent, owner), stat.S_IMODE(mode)
+        if self._hands_group_down(parent):
+            mode |= stat.S_ISGID
+        return await self.change(MakeDirectory(parent, name, mode, owner.uid, gid), id)
+
+    async def make_symlink(self, parent: Inode, name: bytes, target: bytes, owner: Owner, id: int) -> Inode:
+        _check_name(name)
+        gid = self._gid_below(parent, owner)
+        return await self.change(MakeSymlink(parent, name, target, owner.uid, gid), id)
+
+    def _hands_group_down(self, directory: Inode) -> bool:
+        own = self._node(directory).attributes
+        return own is not None and bool(own.mode & stat.S_ISGID)
+
+    def _gid_below(self, directory: Inode, owner: Owner) -> int:
+        """Return the group of what *owner* makes in *directory*: its own where it is set-group-ID."""
+        own = self._node(directory).attributes
+        return own.gid if own is not None and own.mode & stat.S_ISGID else owner.gid
+
+    # Open files
+
+    async def open_file(self, inode: Inode, flags: int, id: int) -> int:
+        """Return a handle; with O_TRUNC the file is empty then. Raises SluiceError."""
+        cuts = bool(flags & os.O_TRUNC)
+        writing = cuts or flags & os.O_ACCMODE != os.O_RDONLY
+        self._count_open(inode, writing=writing, id=id)
+        try:
+            if cuts:
+                await self._cut(inode, 0)
+                return inode | WRITING_BIT
+            if writing and self._node(inode).staged:
+                await self._stage(inode, -1)  # It may be sealed: the mover is to know that it is open again.
+            handle = await self._filesystem.open_file(inode)
+        except BaseException:
+            self._count_closed(inode, writing=writing, id=id | _CLOSING)
+            raise
+        return handle | (WRITING_BIT if writing else 0)
+
+    def release(self, handle: int, id: int) -> None:
+        self._count_closed(inode_of(handle), writing=bool(handle & WRITING_BIT), id=id)
+
+    def _count_open(self, inode: Inode, *, writing: bool, id: int) -> None:
+        if self._opens is not None:
+            self._opens.opened(inode, writing=writing, request=id)
+
+    def _count_closed(self, inode: Inode, *, writing: bool, id: int) -> None:
+        """Count a close; tell the mover when nobody writes any more, or has the unlinked file open."""
+        if self._opens is None:
+            self._mover.tell(Closed(inode))
+            return
+        state = self._opens.closed(inode, writing=writing, request=id)
+        if (writing and not state.may_be_written) or (not state.is_open and self._index.is_detached(inode)):
+            self._mover.tell(Closed(inode))
+
+    @asynccontextmanager
+    async def _counted(self, inode: Inode, id: int) -> AsyncIterator[None]:
+        """Count as a writer. Should we die inside, the request comes again and sets the count right."""
+        self._count_open(inode, writing=True, id=id)
+        try:
+            yield
+        finally:
+            self._count_closed(inode, writing=True, id=id | _CLOSING)
+
+    # Bytes
+
+    async def write(self, handle: int, offset: int, body: bytes) -> int:
+        """Return how many bytes were written: fewer than given only where the disk is full then.
+
+        Raises StagingFull, FileTooLarge, or what kept the file from being staged.
+        """
+        if offset + len(body) > OBJECT_BYTES_MAX:
+            raise FileTooLarge(f"no object of a lake has more than {OBJECT_BYTES_MAX} bytes")
+        await self._gate.enter()
+        number = await self._staged(inode_of(handle))
+        with self._staging.held(number) as fd:
+            if len(body) < _THREAD_BYTES:
+                written = _pwrite_all(fd, body, offset)
+            else:
+                written = await trio.to_thread.run_sync(_pwrite_all, fd, body, offset)
+        self._gate.wrote(written)
+        return written
+
+    async def _staged(self, inode: Inode) -> int:
+        """Return the number of the file's staging file, which it gets here if it has none."""
+        return self._node(inode).staged or await self._stage(inode, -1)
+
+    async def _stage(self, inode: Inode, keep_bytes: int) -> int:
+        return (await self._mover.ask(Stage(inode, keep_bytes))).value
+
+    async def set_size(self, inode: Inode, size_bytes: int, id: int) -> None:
+        """truncate(2) and ftruncate(2). A file of that size already is not touched."""
+        if size_bytes > OBJECT_BYTES_MAX:
+            raise FileTooLarge(f"no object of a lake has more than {OBJECT_BYTES_MAX} bytes")
+        async with self._counted(inode, id):
+            node = self._node(inode)
+            if node.staged or node.size_bytes != size_bytes:
+                await self._cut(inode, size_bytes)
+
+    async def _cut(self, inode: Inode, size_bytes: int) -> None:
+        """Give the file that size; what it has beyond the bytes it had reads as zeroes."""
+        number = await self._stage(inode, min(size_bytes, self._node(inode).size_bytes))
+        with self._staging.held(number) as fd, _staging_errors():
+            if os.fstat(fd).st_size - size_bytes < _CUT_IN_THREAD_BYTES:
+                os.ftruncate(fd, size_bytes)
+            else:
+                await trio.to_thread.run_sync(os.ftruncate, fd, size_bytes)
+
+    # Durability
+
+    async def sync(self, handle: int) -> None:
+        """fsync(2): return when no power loss can take back what was written and changed so far."""
+        await self._sync(inode_of(handle), remote=self._is_remote(inode_of(handle)))
+
+    async def flush(self, handle: int) -> None:
+        """close(2) of one descriptor. Waits for the lake where that is asked for."""
+        if handle & WRITING_BIT and self._is_remote(inode_of(handle)):
+            await self._sync(inode_of(handle), remote=True)
+
+    async def sync_directory(self, inode: Inode) -> None:
+        await self._mover.ask(Sync(inode))
+
+    async def _sync(self, inode: Inode, *, remote: bool) -> None:
+        length = -1
+        for _ in range(_TRIES_MAX):
+            number = self._node(inode).staged
+            if number == 0:
+                break
+            try:
+                with self._staging.held(number) as fd:
+                    length = await trio.to_thread.run_sync(_sync_bytes, fd)
+                break
+            except CacheError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise  # Else the lake has it by now.
+        else:
+            raise CacheError(f"inode {inode}: its staging file is not there")
+        await self._mover.ask(Sync(inode, length, remote))
+
+    def _is_remote(self, inode: Inode) -> bool:
+        if not self.durability.may_be_remote or self._index.is_detached(inode):
+            return False
+        return self.durability.is_remote(self._index.path_of(inode))
+
+    # Attributes
+
+    async def set_attributes(self, request: SetAttributes, id: int) -> None:
+        """chmod, chown, utimens. A staged file's times are those of its staging file."""
+        inode = Inode(request.inode)
+        await self.change(request, id)
+        if request.atime_ns is not None or request.mtime_ns is not None:
+            _, staged = self._filesystem.settled(inode, self._node(inode))
+            if staged is not None:
+                self._set_times(self._node(inode).staged, staged, request)
+
+    def _set_times(self, number: int, now: os.stat_result, request: SetAttributes) -> None:
+        atime_ns = now.st_atime_ns if request.atime_ns is None else request.atime_ns
+        mtime_ns = now.st_mtime_ns if request.mtime_ns is None else request.mtime_ns
+        with _staging_errors(), contextlib.suppress(FileNotFoundError):  # The lake has it by now.
+            os.utime(self._staging.path(number), ns=(atime_ns, mtime_ns))
+
+    def xattr(self, inode: Inode, name: bytes) -> bytes:
+        """Return the value. Raises AttributeMissing."""
+        own = self._node(inode).attributes
+        if own is None or name not in own.xattrs:
+            raise AttributeMissing(f"no attribute {name!r}")
+        return own.xattrs[name]
+
+    def xattrs(self, inode: Inode) -> list[bytes]:
+        own = self._node(inode).attributes
+        return sorted(own.xattrs) if own is not None else []
+
+    async def set_xattr(self, inode: Inode, name: bytes, value: bytes | None, id: int) -> None:
+        """Set the attribute; None removes it. Raises NotSupported for all but "user." ones."""
+        if not name.startswith(_XATTR_PREFIX):
+            raise NotSupported("only extended attributes of the namespace user are kept")
+        await self.change(SetXattr(inode, name, value), id)
+
+    # The mount
+
+    def room(self) -> Room:
+        """Return what df(1) shows. Raises CacheError."""
+        with _staging_errors():
+            disk = os.statvfs(self._staging.directory)
+        free_bytes = min(disk.f_bavail * disk.f_frsize, self._gate.room_bytes)
+        return Room(disk.f_blocks * disk.f_frsize, free_bytes, disk.f_files, disk.f_favail)
+
+    async def release_descriptors_regularly(self) -> None:
+        """Give the space of files free that are gone but for our descriptors, for ever."""
+        while True:
+            await trio.sleep(1.0)
+            self._staging.release_removed()
+
+
+def _check_name(name: bytes) -> None:
+    """The kernel's own limit for FUSE is 1024 (fs/fuse/fuse_i.h: FUSE_NAME_MAX)."""
+    if len(name) > NAME_BYTES_MAX:
+        raise NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+
+
+def _pwrite_all(fd: int, body: bytes, offset: int) -> int:
+    """Return how many bytes were written; fewer than given where an error came after some of them."""
+    rest, written = memoryview(body), 0
+    while rest:
+        try:
+            with _staging_errors():
+                count = os.pwrite(fd, rest, offset + written)
+        except (StagingFull, CacheError, FileTooLarge):
+            if written:
+                return written
+            raise
+        rest, written = rest[count:], written + count
+    return written
+
+
+def _sync_bytes(fd: int) -> int:
+    """Return how many bytes of the file are durable now."""
+    with _staging_errors():
+        length = os.fstat(fd).st_size
+        os.fdatasync(fd)
+    return length
+
+
+@contextmanager
+def _staging_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StagingFull(f"staging files: {error.strerror}") from error
+        if error.errno == errno.EFBIG:
+            raise FileTooLarge("the disk of the staging files takes no larger file") from error
+        raise CacheError(f"staging files: {error.strerror}") from error
