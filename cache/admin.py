@@ -103,7 +103,7 @@ class Admin:
             "namespace": mover.index.entries(),
             "dirty_bytes": 0,
             "uploads": {"waiting": 0, "under_way": 0, "failed": 0},
-            "sets": [],
+            "sets": mover.ahead.status() if mover.ahead is not None else [],
         }
 
     async def _resolve(self, path: str) -> tuple[Inode, Node]:

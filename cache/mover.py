@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from cache import messages
+from cache.ahead import SetReadAhead
 from cache.committer import Committer
 from cache.config import MountConfig
 from cache.counters import Counters
@@ -35,6 +36,7 @@ from cache.policy.retry import RetryPolicy
 from cache.records import Node
 from cache.residency import Residency
 from cache.restore import restore
+from cache.survey import Survey
 from cache.tier import TierBudget, TierFiles
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Mover:
     lister: Lister
     committer: Committer
     counters: Counters
+    ahead: SetReadAhead | None  # None: --read-ahead says so.
     started_at_s: float
 
     async def check_lake(self) -> None:
@@ -85,6 +88,7 @@ class Mover:
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length):
+                self._note_use(inode, time.time())
                 async with self._noting_change(Inode(inode)):
                     await self.fetcher.fetch(self._version(Inode(inode)), offset, length)
             case messages.ReadThrough(inode, offset, length):
@@ -93,13 +97,19 @@ class Mover:
                 return Answer(0, body=bytes(body))
             case messages.Corrupt(vid, group):
                 await self.residency.drop(vid, group)
-            case messages.Used(items):
+            case messages.Used(items, files, at_s):
                 self.residency.used(items, time.time())
+                for inode, used_at_s in zip(files, at_s, strict=False):
+                    self._note_use(inode, used_at_s)
             case messages.ReadSeen(inode, offset, length):
                 self.fetcher.read_seen(self._version(Inode(inode)), offset, length, stalled=False)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
         return Answer(0)
+
+    def _note_use(self, inode: int, now_s: float) -> None:
+        if self.ahead is not None:
+            self.ahead.used(Inode(inode), now_s)
 
     @asynccontextmanager
     async def _noting_change(self, inode: Inode) -> AsyncIterator[None]:
@@ -190,13 +200,20 @@ async def run_mover(
                 lake_io,
                 index,
                 residency,
-                SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX),
+                SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX) if config.read_ahead != "none" else None,
                 ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send)
+            ahead: SetReadAhead | None = None
+            if config.read_ahead == "set":
+                survey = Survey(index, lister)
+                ahead = SetReadAhead(
+                    nursery, lake_io, index, residency, fetcher, survey, config.fetch_threads
+                )
+                nursery.start_soon(ahead.run)
             mover = Mover(
-                config, index, lake_io, residency, fetcher, lister, committer, counters, time.time()
+                config, index, lake_io, residency, fetcher, lister, committer, counters, ahead, time.time()
             )
             await restore(residency, index, committer, disk_engine)
             nursery.start_soon(residency.adopt_all)
