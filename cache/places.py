@@ -41,6 +41,11 @@ class Tier:
         self.unguarded_bytes = 0
         return True
 
+    def is_all_expected(self, charged_bytes: int) -> bool:
+        """Return whether room for so much would cost something that a recognised epoch still needs."""
+        spare_bytes = self.budget.room_bytes + self.policy.spare_bytes
+        return self.policy.expected_bytes > 0 and spare_bytes < charged_bytes
+
     def guard_shortfall_bytes(self) -> int:
         """Return how many bytes are missing to the space that stays free on the tier's disk."""
         return self.free_min_bytes - self.files.free_bytes() if self.free_min_bytes else 0

@@ -39,9 +39,11 @@ log = logging.getLogger(__name__)
 
 DRAM_SHARE_MAX = 2  # An object over half of the DRAM tier lands on NVMe.
 _EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some for the next,
-_EVICT_SHARE_MAX = 64  # but no more than this part of the tier.
+_EVICT_SHARE_MAX = 256  # but no more than this part of the tier.
 _DRAM_KEPT_SHARE = 8  # `keep_dram_room` keeps so much of the DRAM tier free.
-_DISK_KEPT_BYTES_MAX = 64 * MIB  # Of a disk that much at most is left to demand by read-ahead of sets.
+# Of a disk, read-ahead of sets leaves two such steps to demand, rounded up to whole items: what
+# makes room for a miss then pushes out nothing that an epoch still needs.
+_KEPT_STEPS = 2
 _DEMOTERS = 4
 _DRAIN_STEP = 256  # Items between two reports of progress.
 
@@ -140,36 +142,40 @@ class Residency:
         tier = self.tiers[place]
         if charged_bytes > tier.budget.size_bytes:
             raise CacheFull(f"{tier.name}: {charged_bytes} bytes are more than the tier's size")
+        if not demand:
+            self._check_spare(place, charged_bytes)
         if tier.has_room(charged_bytes):  # No await from here to take().
             tier.budget.take(charged_bytes)
             self._check_watermark()
             return
         async with tier.room_lock:
             while not tier.has_room(charged_bytes):
-                if not demand and self._spare_bytes(place) < charged_bytes:
-                    raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes that nobody asked for")
+                if not demand:  # Again: others were let in while we waited for the lock.
+                    self._check_spare(place, charged_bytes)
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
-                more_bytes = min(_EVICT_BYTES_MIN, tier.budget.size_bytes // _EVICT_SHARE_MAX)
-                if not await self._make_room(place, max(need_bytes, more_bytes)):
+                if not await self._make_room(place, max(need_bytes, _step_bytes(tier))):
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.budget.take(charged_bytes)
-
-    def _spare_bytes(self, place: int) -> int:
-        """Return what is free, or needed by no recognised epoch, where content in *place* ends up."""
-        tier = self.tiers[place]
-        disks = [other for other in self.tiers if not other.files.is_memory]
-        over = [tier, *disks] if tier.files.is_memory else [tier]
-        return sum(each.budget.room_bytes + each.policy.spare_bytes for each in over)
 
     def may_read_ahead(self, size_bytes: int) -> bool:
         """Return whether an object that nobody asked for yet has room, with some left for demand."""
         place = self._place(size_bytes)
-        files, tier_bytes = self.tiers[place].files, self.tiers[place].budget.size_bytes
-        if files.is_memory:
-            kept_bytes = tier_bytes // _DRAM_KEPT_SHARE
-        else:
-            kept_bytes = min(_DISK_KEPT_BYTES_MAX, tier_bytes // _EVICT_SHARE_MAX)
-        return self._spare_bytes(place) >= files.whole_bytes(size_bytes) + kept_bytes
+        return self._can_spare(place, self.tiers[place].files.whole_bytes(size_bytes))
+
+    def _check_spare(self, place: int, charged_bytes: int) -> None:
+        if not self._can_spare(place, charged_bytes):
+            raise CacheFull(f"{self.tiers[place].name}: no room for {charged_bytes} bytes unasked")
+
+    def _can_spare(self, place: int, charged_bytes: int) -> bool:
+        """Return whether so much is free, or needed by no recognised epoch, where content ends up."""
+        tier = self.tiers[place]
+        disks = [other for other in self.tiers if not other.files.is_memory]
+        over = [tier, *disks] if tier.files.is_memory else [tier]
+        spare_bytes = sum(each.budget.room_bytes + each.policy.spare_bytes for each in over)
+        kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + charged_bytes) for each in over)
+        if tier.files.is_memory:
+            kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
+        return spare_bytes >= charged_bytes + kept_bytes
 
     async def fill_whole(self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool) -> None:
         """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError."""
@@ -440,6 +446,9 @@ class Residency:
             target_place = self._emptiest_disk(charged)
             target = self.tiers[target_place]
             label_bytes = target.files.label_bytes if row.whole else 0
+            is_expected = any(map(source.policy.is_expected, sizes))
+            if not is_expected and target.is_all_expected(charged + label_bytes):
+                return await self._evict_held(source, list(sizes))
             await self.reserve(target_place, charged + label_bytes)
             try:
                 await self._disk_engine.run(
@@ -455,7 +464,6 @@ class Residency:
                 self._sparse[vid].tier = target_place
             await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
-                is_expected = source.policy.is_expected(item)
                 source.policy.removed(item)
                 target.policy.added(item, size_bytes + label_bytes, used=not is_expected)
                 if is_expected:
@@ -514,6 +522,11 @@ class Residency:
             async with tier.room_lock:
                 await self._demote(0, items[start : start + _DRAIN_STEP])
             yield self.demoted_bytes - before, total
+
+
+def _step_bytes(tier: Tier) -> int:
+    """Return how many bytes leave at once when room is short."""
+    return min(_EVICT_BYTES_MIN, tier.budget.size_bytes // _EVICT_SHARE_MAX)
 
 
 def _items(vid: bytes, row: VersionRow, groups: list[tuple[GroupIndex, Group]]) -> list[ItemId]:

@@ -35,6 +35,9 @@ class EvictionPolicy(Protocol):
     def is_expected(self, item: ItemId) -> bool: ...
 
     @property
+    def expected_bytes(self) -> int: ...
+
+    @property
     def spare_bytes(self) -> int:
         """Return the bytes of what read-ahead may push out: no recognised epoch still needs it."""
 
@@ -93,6 +96,10 @@ class LruPolicy:
 
     def is_expected(self, item: ItemId) -> bool:
         return False
+
+    @property
+    def expected_bytes(self) -> int:
+        return 0
 
     @property
     def spare_bytes(self) -> int:
@@ -202,7 +209,7 @@ class EpochPolicy:
                 self.epoch_began()
 
     def expect(self, item: ItemId) -> None:
-        if item not in self._recent and (size_bytes := self._take_out(item)) is not None:
+        if (size_bytes := self._take_out(item)) is not None:
             self._expected.put(item, size_bytes)
 
     def release(self, item: ItemId) -> None:
@@ -211,6 +218,10 @@ class EpochPolicy:
 
     def is_expected(self, item: ItemId) -> bool:
         return item in self._expected
+
+    @property
+    def expected_bytes(self) -> int:
+        return self._expected.size_bytes
 
     @property
     def spare_bytes(self) -> int:
