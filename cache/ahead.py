@@ -25,6 +25,7 @@ from cache.policy.ledger import Account
 from cache.policy.parallel import Parallelism
 from cache.policy.recognise import Candidate, Directory, Recogniser
 from cache.policy.sets import ListingOrder, MakeUpcoming, Members, Pattern, SampleSet
+from cache.records import Node
 from cache.residency import Residency
 from cache.survey import Survey
 
@@ -85,6 +86,7 @@ class SetReadAhead:
         self._parallelism = Parallelism(fetches_max)
         self._sets: list[Followed] = []  # The one used last comes first.
         self._directories: dict[int, Directory] = {}
+        self._folders: dict[int, str] = {}  # Directory -> its path with a slash; new in each epoch.
         self._surveying: set[Candidate] = set()
         self._under_way = 0
         self._retries_seen = lake.retries
@@ -226,6 +228,7 @@ class SetReadAhead:
                 return
             followed.samples.look_again()
         followed.evicted_bytes_seen = evicted_bytes
+        self._folders.clear()
         self._start_looking_over(followed)
 
     def _start_looking_over(self, followed: Followed) -> None:
@@ -261,8 +264,11 @@ class SetReadAhead:
     def _resident(self, inode: int) -> bytes | None:
         """Return the version id of a file that is cached whole."""
         node = self._index.node(inode)
-        row = None if node is None else self._index.version(node.vid)
-        return node.vid if node is not None and row is not None and row.whole else None
+        return node.vid if node is not None and self._is_cached(node) else None
+
+    def _is_cached(self, node: Node) -> bool:
+        row = self._index.version(node.vid)
+        return row is not None and row.whole
 
     async def _release(self, followed: Followed) -> None:
         """Give up what an idle set still needed: another one wants the room."""
@@ -339,19 +345,30 @@ class SetReadAhead:
                 self._nursery.start_soon(self._guarded, self._release, followed)
 
     def _start(self, followed: Followed, place: int) -> None:
+        """Start the fetch of a member. Few look-ups: each waits for the lake threads to let go of the GIL."""
         samples, inode = followed.samples, followed.samples.members.inodes[place]
         node = self._index.node(inode)
-        if node is None or self._resident(inode) is not None or self._index.is_detached(inode):
+        if node is None or self._is_cached(node):
             samples.need_not(place)
             return
         if not self._residency.may_read_ahead(node.size_bytes):
             samples.put_back(place)
             followed.has_no_room = True
             return
-        version = ObjectVersion(os.fsdecode(self._index.path_of(inode)), node.etag, node.size_bytes)
+        version = ObjectVersion(self._path_of(node), node.etag, node.size_bytes)
         self._under_way += 1
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
         self._nursery.start_soon(self._fetch, samples, place, version)
+
+    def _path_of(self, node: Node) -> str:
+        """Return the file's path. That of its directory may be old: then the lake has no such object."""
+        folder = self._folders.get(node.parent)
+        if folder is None:
+            if len(self._folders) >= _DIRECTORIES_MAX:
+                self._folders.clear()
+            path = os.fsdecode(self._index.path_of(node.parent))
+            folder = self._folders[node.parent] = f"{path}/" if path else ""
+        return folder + os.fsdecode(node.name)
 
     async def _fetch(self, samples: SampleSet, place: int, version: ObjectVersion) -> None:
         try:

@@ -17,7 +17,7 @@ class Parallelism:
     with `idle`. Invariant: 1 <= limit <= most.
     """
 
-    def __init__(self, most: int, first: int = 8) -> None:
+    def __init__(self, most: int, first: int = 16) -> None:
         assert most >= 1 and first >= 1
         self.most = most
         self.limit = min(first, most)
