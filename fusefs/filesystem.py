@@ -121,7 +121,8 @@ class Filesystem:
         return answer
 
     async def _wait(self, request: Request) -> bytes:
-        """Ask the mover and count the time."""
+        """Ask the mover and count the time. It hears first what was used before, in this order."""
+        self.flush_used()
         started_ns = time.monotonic_ns()
         try:
             return (await self._mover.ask(request)).body
