@@ -40,7 +40,7 @@ _RELEASE_S = 300.0  # and what it still needed is given up where another one nee
 _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed again,
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
 _CHUNK = 200  # Members looked at in one go: about two milliseconds.
-_SAMPLE = 1000  # Members looked at for the cached share that is shown.
+_SAMPLE = 1000  # Members looked at for the cached shares that are shown, of all sets.
 
 
 @dataclass(eq=False)
@@ -428,5 +428,5 @@ class SetReadAhead:
 
     def _cached_share(self, members: Members) -> float:
         """Return the share of the members that are cached whole; of many, by a sample."""
-        sample = members.inodes[:: max(1, len(members) // _SAMPLE)]
+        sample = members.inodes[:: max(1, len(members) * len(self._sets) // _SAMPLE)]
         return sum(self._resident(inode) is not None for inode in sample) / len(sample)

@@ -181,6 +181,17 @@ def test_what_a_recognised_epoch_expects_leaves_last_and_is_not_to_spare() -> No
     assert policy.expected_bytes == 0 and set(numbers(policy.order(39))) == set(range(1, 40))
 
 
+def test_of_what_was_used_a_moment_ago_only_the_newest_leave_after_what_is_expected() -> None:
+    policy = filled(EpochPolicy(), 1000, used=False)
+    for number in range(50):
+        policy.touched(item(number))
+    for number in range(50, 1000):
+        policy.expect(item(number))
+    in_hands = EpochPolicy._IN_HANDS
+    assert numbers(policy.order(50 - in_hands)) == list(range(50 - in_hands))
+    assert numbers(policy.order(1000))[-in_hands:] == list(range(50 - in_hands, 50))
+
+
 def test_an_epoch_that_begins_elsewhere_leaves_alone_what_is_expected() -> None:
     policy = filled(EpochPolicy(), 100, used=False)
     policy.expect(item(7))

@@ -147,8 +147,9 @@ class EpochPolicy:
               stays for the next epoch, however late that is recognised
       again   used a second time since this epoch began: the next one may have begun
       needed  used in the last epoch or brought unasked, not yet used in this one
-      expected  told from outside: a recognised epoch has not used it yet
       recent  used a moment ago: somebody may still be reading it
+      expected  told from outside: a recognised epoch has not used it yet
+    The newest few of `recent` leave after `expected`.
     With random orders and a fraction C of a set cached, an epoch then fetches (1 - C) of it.
     Least recently used first would fetch nearly all of it (0.98 at C = 0.2, 0.85 at 0.5).
 
@@ -162,6 +163,7 @@ class EpochPolicy:
     _AGAIN_SHARE = 8
     _RECENT_SHARE = 16
     _RECENT_MAX = 64
+    _IN_HANDS = 16
 
     def __init__(self) -> None:
         self._idle = _Queue()
@@ -246,13 +248,15 @@ class EpochPolicy:
         return self._used, self._needed, self._recent, self._expected, self._again, self._idle
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
+        older = max(0, len(self._recent) - self._IN_HANDS)
         return chain(
             self._idle.items(),
             reversed(self._used.items()),
             self._again.items(),
             self._needed.items(),
+            islice(self._recent.items(), older),
             self._expected.items(),
-            self._recent.items(),
+            islice(self._recent.items(), older, None),
         )
 
     def _use(self, item: ItemId, size_bytes: int, *, again: bool) -> None:
