@@ -56,6 +56,7 @@ class Followed:
     is_released: bool = False
     surveyed_at_s: float = 0.0
     has_no_room: bool = False
+    waits_for_use: bool = False  # A fetch failed: none is tried before somebody reads of the set again.
 
 
 class SetReadAhead:
@@ -113,7 +114,7 @@ class SetReadAhead:
                     self._sets.insert(0, self._sets.pop(number))
                 if followed.samples.used(place, now_s):
                     self._epoch_began(followed)
-                followed.is_released = False
+                followed.is_released = followed.waits_for_use = False
                 self._wake.set()
                 return
         self._used_stranger(inode, now_s)
@@ -331,6 +332,8 @@ class SetReadAhead:
     def _may_fetch(self, followed: Followed, now_s: float) -> bool:
         if not followed.is_looked_over or followed.is_looking or followed.account.is_wasteful:
             return False
+        if followed.waits_for_use:
+            return False
         if now_s - followed.samples.last_used_s > _IDLE_S:
             return False
         followed.has_no_room = not self._residency.may_read_ahead(followed.samples.members.mean_bytes)
@@ -353,12 +356,12 @@ class SetReadAhead:
             return
         if not self._residency.may_read_ahead(node.size_bytes):
             samples.put_back(place)
-            followed.has_no_room = True
+            followed.has_no_room = followed.waits_for_use = True
             return
         version = ObjectVersion(self._path_of(node), node.etag, node.size_bytes)
         self._under_way += 1
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
-        self._nursery.start_soon(self._fetch, samples, place, version)
+        self._nursery.start_soon(self._fetch, followed, place, version)
 
     def _path_of(self, node: Node) -> str:
         """Return the file's path. That of its directory may be old: then the lake has no such object."""
@@ -370,7 +373,8 @@ class SetReadAhead:
             folder = self._folders[node.parent] = f"{path}/" if path else ""
         return folder + os.fsdecode(node.name)
 
-    async def _fetch(self, samples: SampleSet, place: int, version: ObjectVersion) -> None:
+    async def _fetch(self, followed: Followed, place: int, version: ObjectVersion) -> None:
+        samples = followed.samples
         try:
             await self._fetcher.fetch_ahead(version)
             self._parallelism.landed(version.size_bytes, trio.current_time())
@@ -378,6 +382,7 @@ class SetReadAhead:
             self._residency.ledger.not_fetched(version.id)
             if isinstance(error, CacheFull | LakeUnavailable):
                 samples.put_back(place)
+                followed.waits_for_use = True
             else:
                 samples.need_not(place)  # Who reads it gets the error, if it still holds then.
         finally:

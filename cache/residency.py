@@ -152,6 +152,8 @@ class Residency:
             while not tier.has_room(charged_bytes):
                 if not demand:  # Again: others were let in while we waited for the lock.
                     self._check_spare(place, charged_bytes)
+                    if tier.guard_shortfall_bytes() > 0:
+                        raise CacheFull(f"{tier.name}: its disk has no room for what nobody asked for")
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
                 if not await self._make_room(place, max(need_bytes, _step_bytes(tier))):
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")

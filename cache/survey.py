@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 MEMBERS_MAX = 4_000_000  # 16 bytes each, and as much while they are sorted.
 _DIRECTORIES_MAX = 100_000
+_LEVELS_MAX = 64  # Of directories that were never listed: each is a round of listings.
 _LISTINGS_AT_ONCE = 8
+_SORTED_AT_ONCE = 20_000  # Members: more are sorted in a thread, a second for a million.
 _CHUNK = 500  # Entries read from the index at once: a millisecond or two.
 
 
@@ -36,13 +38,17 @@ class Survey:
 
         None where there are too many files or directories. Raises LakeError.
         """
-        while True:
+        for _ in range(_LEVELS_MAX):
             found = _Found()
             if not await self._walk(candidate, found):
                 return None
-            if not found.unlisted:
+            if found.unlisted:
+                await self._list_all(found.unlisted)
+            elif len(found.inodes) <= _SORTED_AT_ONCE:
                 return Members(found.inodes, found.total_bytes)
-            await self._list_all(found.unlisted)
+            else:
+                return await trio.to_thread.run_sync(Members, found.inodes, found.total_bytes)
+        return None
 
     async def _walk(self, candidate: Candidate, found: _Found) -> bool:
         """Gather what the index has; return False once it is too much."""

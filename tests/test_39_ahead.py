@@ -14,13 +14,13 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from cache.ahead import SetReadAhead
-from cache.errors import SlowDown
+from cache.errors import LakeUnavailable, SlowDown
 from cache.model import KIB, MIB, ROOT_INODE, Inode, ObjectVersion
 from cache.policy.ledger import Account, Ledger
 from cache.policy.parallel import Parallelism
 from cache.policy.sets import ListingOrder, MakeUpcoming
 from cache.survey import Survey
-from tests.wiring import QUICK_RETRY, Cache, TierSpec, WatchedLake, bodies, open_cache
+from tests.wiring import NO_RETRY, QUICK_RETRY, Cache, TierSpec, WatchedLake, bodies, open_cache
 
 SIZE = 20 * KIB
 
@@ -343,6 +343,34 @@ async def test_a_lake_that_is_away_is_asked_by_one_fetch_at_a_time(tmp_path: Pat
         gate.set()
         await reader.settled()
         assert len(reader.cached(files[:15] + files[16:])) == 199
+
+
+async def test_a_fetch_that_fails_is_tried_again_only_after_the_next_use(tmp_path: Path) -> None:
+    async with reading(tmp_path, lake := lake_of(200), fetches_max=2, retry=NO_RETRY) as reader:
+        files = shuffled(await reader.folder(), 1)
+        await reader.read_all(files[:15])
+        lake.fault = lambda verb, key: LakeUnavailable("away") if verb == "get" else None
+        reader.ahead.used(files[15], reader.now_s)
+        await reader.settled()
+        asked = lake.requests["get"]
+        assert 15 < asked <= 15 + 2
+        lake.fault = None
+        reader.ahead.used(files[16], reader.now_s)
+        await reader.settled()
+        assert len(reader.cached(files)) == 200 - 2
+
+
+async def test_members_of_very_different_sizes_fill_the_tier_and_then_wait(tmp_path: Path) -> None:
+    """The mean would fit where the largest does not: it waits for a use, it does not spin."""
+    lake, tier = WatchedLake(), TierSpec("nvme0", 12 * MIB)
+    lake.fill(bodies({f"set/{n:03}": 7 * MIB if n % 50 == 49 else 60 * KIB for n in range(200)}))
+    async with reading(tmp_path, lake, tiers=(tier,)) as reader:
+        files = await reader.folder()
+        small = [inode for number, inode in enumerate(files) if number % 50 != 49]
+        await reader.read_all(shuffled(small, 1)[:40])
+        await reader.settled()
+        assert reader.only["read_ahead"] == "waiting for room"
+        assert reader.only["wasted_bytes"] == 0
 
 
 async def test_a_fault_in_the_read_ahead_never_fails_a_read(tmp_path: Path) -> None:
