@@ -202,7 +202,11 @@ class SetReadAhead:
             or sum(len(other.samples.members) for other in self._sets) > _FILES_MAX
         ):
             self._sets.pop()
-        log.info("sample set: %s, %d files", self._path(followed), len(followed.samples.members))
+        log.info(
+            "%s: a sample set of %d files, its epochs are read ahead",
+            self._path(followed),
+            len(followed.samples.members),
+        )
 
     async def _follow_growth(self, followed: Followed) -> None:
         old = followed.samples
