@@ -173,7 +173,7 @@ class Residency:
         tier = self.tiers[place]
         disks = [other for other in self.tiers if not other.files.is_memory]
         over = [tier, *disks] if tier.files.is_memory else [tier]
-        spare_bytes = sum(each.budget.room_bytes + each.policy.spare_bytes for each in over)
+        spare_bytes = sum(each.room_bytes + each.policy.spare_bytes for each in over)
         kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + charged_bytes) for each in over)
         if tier.files.is_memory:
             kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
@@ -190,9 +190,10 @@ class Residency:
             charged = files.whole_bytes(version.size_bytes)
             await self.reserve(place, charged, demand=demand)
             try:
-                checksums = await self._lake_engine.run(
-                    lambda: files.land_whole(version, vid, get()), demand=demand
-                )
+                with self.tiers[place].landing(charged):
+                    checksums = await self._lake_engine.run(
+                        lambda: files.land_whole(version, vid, get()), demand=demand
+                    )
                 await self._committer.commit(lambda w: put_whole(w, version, place, checksums))
             except BaseException as error:
                 if isinstance(error, CacheError):
@@ -234,9 +235,10 @@ class Residency:
         charged = charge(min(version.size_bytes, blocks.stop * BLOCK_BYTES) - offset)
         await self.reserve(place, charged)
         try:
-            checksums = await self._lake_engine.run(
-                lambda: tier.files.land_blocks(vid, offset, get()), demand=demand
-            )
+            with tier.landing(charged):
+                checksums = await self._lake_engine.run(
+                    lambda: tier.files.land_blocks(vid, offset, get()), demand=demand
+                )
             await self._committer.commit(lambda w: put_blocks(w, version, place, group, first, checksums))
         except BaseException as error:
             if isinstance(error, CacheError):  # What of it was written must not stay uncharged.
