@@ -113,7 +113,7 @@ class Admin:
             "namespace": mover.index.entries(),
             "dirty_bytes": mover.uploader.dirty_bytes if mover.uploader is not None else 0,
             "uploads": self._writes.uploads(),
-            "sets": [],
+            "sets": mover.ahead.status() if mover.ahead is not None else [],
         }
 
     async def _resolve(self, path: str) -> tuple[Inode, Node]:

@@ -72,6 +72,7 @@ class MountConfig:
     ttl_s: float = 60.0
     workers: int = 1  # 0: everything in one process.
     policy: str = "epoch"  # Or "lru".
+    read_ahead: str = "set"  # Or "file" (only within large files), "none".
     profile: str = "auto"  # Or "dataset" (open(2) sends no request), "checkpoint" (it does).
     allow_other: bool = False
     uid: int = 0  # Owner shown for every file.

@@ -24,6 +24,7 @@ from cache.model import (
     block_count,
     ceil_div,
 )
+from cache.policy.eviction import ItemId
 from cache.policy.readahead import SequentialReadAhead
 from cache.records import range_mask
 from cache.residency import Residency
@@ -52,7 +53,7 @@ class Fetcher:
         lake: LakeIO,
         index: Index,
         residency: Residency,
-        readahead: SequentialReadAhead,
+        readahead: SequentialReadAhead | None,
         ahead_flights_max: int,
     ) -> None:
         self._nursery = nursery
@@ -73,6 +74,7 @@ class Fetcher:
             return
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             await self._await_all(self._join(version, range(block_count(version.size_bytes)), demand=True))
+            self._residency.touched(ItemId(version.id))  # It may have been on its way unasked.
             return
         wanted = range(offset // BLOCK_BYTES, ceil_div(offset + length, BLOCK_BYTES))
         # The reader's own blocks first: joined to a flight of the read-ahead, they would wait for
@@ -81,8 +83,19 @@ class Fetcher:
         self.read_seen(version, offset, length, stalled=True)
         await self._await_all(flights)
 
+    async def fetch_ahead(self, version: ObjectVersion) -> None:
+        """Make a small object resident that nobody asked for yet. Raises as `fetch` does.
+
+        The caller bounds how many are under way. Raises CacheFull where it would push out what a
+        recognised epoch still needs.
+        """
+        assert version.size_bytes <= SMALL_OBJECT_BYTES_MAX, version
+        await self._await_all(self._join(version, range(block_count(version.size_bytes)), demand=False))
+
     def read_seen(self, version: ObjectVersion, offset: int, length: int, *, stalled: bool) -> None:
         """Tell the read-ahead of a read, and start what it asks for."""
+        if self._readahead is None:
+            return
         ahead = self._readahead.read(version.id, offset, length, version.size_bytes, stalled=stalled)
         if ahead is not None:
             blocks = range(ahead.start // BLOCK_BYTES, ceil_div(ahead.stop, BLOCK_BYTES))
@@ -144,9 +157,9 @@ class Fetcher:
 
     async def _fly(self, version: ObjectVersion, key: FlightKey, flight: Flight) -> None:
         try:
-            holds_slot = await self._get_slot(flight)
+            holds_slot = await self._get_slot(version, flight)
             try:
-                await self._fill(version, key[1], flight.mask, demand=not holds_slot)
+                await self._fill_as_demanded(version, key[1], flight)
             finally:
                 if holds_slot:
                     self._ahead_slots.release_on_behalf_of(flight)
@@ -166,9 +179,12 @@ class Fetcher:
                 del self._flights[key]
             flight.landed.set()
 
-    async def _get_slot(self, flight: Flight) -> bool:
-        """Wait for one of the read-ahead's slots, unless a reader wants the flight; return whether got."""
-        if flight.demanded.is_set():
+    async def _get_slot(self, version: ObjectVersion, flight: Flight) -> bool:
+        """Wait for one of the read-ahead's slots, unless a reader wants the flight; return whether got.
+
+        Small objects need none: see `fetch_ahead`.
+        """
+        if flight.demanded.is_set() or version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             return False
         with contextlib.suppress(trio.WouldBlock):
             self._ahead_slots.acquire_on_behalf_of_nowait(flight)
@@ -185,6 +201,15 @@ class Fetcher:
             got = True
             nursery.cancel_scope.cancel()
         return got
+
+    async def _fill_as_demanded(self, version: ObjectVersion, group: GroupIndex, flight: Flight) -> None:
+        demand = flight.demanded.is_set()
+        try:
+            await self._fill(version, group, flight.mask, demand=demand)
+        except CacheFull:
+            if demand or not flight.demanded.is_set():
+                raise  # Else a reader has come to wait for it, and may push out more.
+            await self._fill(version, group, flight.mask, demand=True)
 
     async def _fill(self, version: ObjectVersion, group: GroupIndex, mask: int, *, demand: bool) -> None:
         first = (mask & -mask).bit_length() - 1 + group * GROUP_BLOCKS

@@ -52,9 +52,15 @@ class Corrupt(msgspec.Struct, tag=5, array_like=True):
 
 
 class Used(msgspec.Struct, tag=6, array_like=True):
-    """Whole objects (16-byte ids) or groups (20) that were hits. Not answered."""
+    """Whole objects (16-byte ids) or groups (20) that were hits. Not answered.
+
+    *files*: the inodes of the small files that were used, in order, and *at_s* the unix time of
+    each: what epochs are recognised by. A hit in the page cache of a mount without opens is none.
+    """
 
     items: list[bytes]
+    files: list[int] = []
+    at_s: list[float] = []
 
 
 class ReadSeen(msgspec.Struct, tag=7, array_like=True):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import trio
 
 from cache import messages
+from cache.ahead import SetReadAhead
 from cache.committer import Committer
 from cache.config import MountConfig
 from cache.counters import Counters
@@ -40,6 +41,7 @@ from cache.records import Node
 from cache.residency import Residency
 from cache.restore import restore
 from cache.store import read_store_id
+from cache.survey import Survey
 from cache.tier import TierBudget, TierFiles
 from cache.uploader import Uploader
 from cache.write_path import (
@@ -87,6 +89,7 @@ class Mover:
     lister: Lister
     committer: Committer
     counters: Counters
+    ahead: SetReadAhead | None  # None: --read-ahead says so.
     started_at_s: float
     table: PendingTable
     write_path: WritePath | None = None  # Neither on a read-only mount.
@@ -107,6 +110,7 @@ class Mover:
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length):
+                self._note_use(inode, time.time())
                 await self._of_version(
                     Inode(inode), lambda version: self.fetcher.fetch(version, offset, length)
                 )
@@ -117,8 +121,10 @@ class Mover:
                 return Answer(0, body=bytes(body))
             case messages.Corrupt(vid, group):
                 await self.residency.drop(vid, group)
-            case messages.Used(items):
+            case messages.Used(items, files, at_s):
                 self.residency.used(items, time.time())
+                for inode, used_at_s in zip(files, at_s, strict=False):
+                    self._note_use(inode, used_at_s)
             case messages.ReadSeen(inode, offset, length):
                 self.fetcher.read_seen(self._version(Inode(inode)), offset, length, stalled=False)
             case messages.RelistAhead(inode):
@@ -126,6 +132,10 @@ class Mover:
             case _:
                 return await self._write(request, id)
         return Answer(0)
+
+    def _note_use(self, inode: int, now_s: float) -> None:
+        if self.ahead is not None:
+            self.ahead.used(Inode(inode), now_s)
 
     async def _write(
         self,
@@ -250,11 +260,18 @@ async def run_mover(
                 lake_io,
                 index,
                 residency,
-                SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX),
+                SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX) if config.read_ahead != "none" else None,
                 ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send, table)
+            ahead: SetReadAhead | None = None
+            if config.read_ahead == "set":
+                survey = Survey(index, lister)
+                ahead = SetReadAhead(
+                    nursery, lake_io, index, residency, fetcher, survey, config.fetch_threads
+                )
+                nursery.start_soon(ahead.run)
             mover = Mover(
                 config,
                 index,
@@ -264,6 +281,7 @@ async def run_mover(
                 lister,
                 committer,
                 shared.counters,
+                ahead,
                 time.time(),
                 table,
             )

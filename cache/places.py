@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -24,6 +26,8 @@ class Tier:
     free_min_bytes: int = 0
     room_lock: trio.Lock = field(default_factory=trio.Lock)
     unguarded_bytes: int = _GUARD_EVERY_BYTES
+    landing_bytes: int = 0  # Charged and being written: the disk may not know of them yet.
+    _disk_room_bytes: int = 0  # What the disk could take when it was asked last.
 
     @property
     def name(self) -> str:
@@ -41,9 +45,34 @@ class Tier:
         self.unguarded_bytes = 0
         return True
 
+    def is_all_expected(self, charged_bytes: int) -> bool:
+        """Return whether room for so much would cost something that a recognised epoch still needs."""
+        spare_bytes = self.room_bytes + self.policy.spare_bytes
+        return self.policy.expected_bytes > 0 and spare_bytes < charged_bytes
+
     def guard_shortfall_bytes(self) -> int:
         """Return how many bytes are missing to the space that stays free on the tier's disk."""
-        return self.free_min_bytes - self.files.free_bytes() if self.free_min_bytes else 0
+        if not self.free_min_bytes:
+            return 0
+        self._disk_room_bytes = self.files.free_bytes() - self.landing_bytes - self.free_min_bytes
+        return -self._disk_room_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """Return what budget and disk have left, as far as is known without asking the disk."""
+        room_bytes = self.budget.room_bytes
+        if self.free_min_bytes:
+            room_bytes = min(room_bytes, self._disk_room_bytes - self.unguarded_bytes)
+        return max(0, room_bytes)
+
+    @contextmanager
+    def landing(self, charged_bytes: int) -> Iterator[None]:
+        """Have the guard count bytes that are written for as long as the block runs."""
+        self.landing_bytes += charged_bytes
+        try:
+            yield
+        finally:
+            self.landing_bytes -= charged_bytes
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from cache.model import (
 )
 from cache.places import Sparse, Tier
 from cache.policy.eviction import ItemId
+from cache.policy.ledger import Ledger
 from cache.records import Group, VersionRow, charge, group_key
 from cache.rows import Usage, change, drop_items, group_of, put_blocks, put_usage, put_whole
 from cache.tier import TierFiles
@@ -39,7 +40,11 @@ log = logging.getLogger(__name__)
 
 DRAM_SHARE_MAX = 2  # An object over half of the DRAM tier lands on NVMe.
 _EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some for the next,
-_EVICT_SHARE_MAX = 64  # but no more than this part of the tier.
+_EVICT_SHARE_MAX = 256  # but no more than this part of the tier.
+_DRAM_KEPT_SHARE = 8  # `keep_dram_room` keeps so much of the DRAM tier free.
+# Of a disk, read-ahead of sets leaves two such steps to demand, rounded up to whole items: what
+# makes room for a miss then pushes out nothing that an epoch still needs.
+_KEPT_STEPS = 2
 _DEMOTERS = 4
 _DRAIN_STEP = 256  # Items between two reports of progress.
 
@@ -91,6 +96,7 @@ class Residency:
         self._sparse: dict[bytes, Sparse] = {}
         self._unverified: dict[bytes, tuple[int, int]] = {}  # Whole files without a row: tier, charge.
         self._usage: dict[bytes, Usage] = {}  # Since the last `save_usage`.
+        self.ledger = Ledger()
         self.dram_low = trio.Event()
         self.demoted_bytes = 0
         self.evicted_bytes = 0
@@ -154,22 +160,50 @@ class Residency:
         ]
         return -max(shares)[2]
 
-    async def reserve(self, place: int, charged_bytes: int) -> None:
-        """Charge *charged_bytes* to a tier, making room first. Raises CacheFull."""
+    async def reserve(self, place: int, charged_bytes: int, *, demand: bool = True) -> None:
+        """Charge *charged_bytes* to a tier, making room first. Raises CacheFull.
+
+        Without *demand* nothing is pushed out that a recognised epoch still needs.
+        """
         tier = self.tiers[place]
         if charged_bytes > tier.budget.size_bytes:
             raise CacheFull(f"{tier.name}: {charged_bytes} bytes are more than the tier's size")
+        if not demand:
+            self._check_spare(place, charged_bytes)
         if tier.has_room(charged_bytes):  # No await from here to take().
             tier.budget.take(charged_bytes)
             self._check_watermark()
             return
         async with tier.room_lock:
             while not tier.has_room(charged_bytes):
+                if not demand:  # Again: others were let in while we waited for the lock.
+                    self._check_spare(place, charged_bytes)
+                    if tier.guard_shortfall_bytes() > 0:
+                        raise CacheFull(f"{tier.name}: its disk has no room for what nobody asked for")
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
-                more_bytes = min(_EVICT_BYTES_MIN, tier.budget.size_bytes // _EVICT_SHARE_MAX)
-                if not await self._make_room(place, max(need_bytes, more_bytes)):
+                if not await self._make_room(place, max(need_bytes, _step_bytes(tier))):
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.budget.take(charged_bytes)
+
+    def may_read_ahead(self, size_bytes: int) -> bool:
+        """Return whether an object that nobody asked for yet has room, with some left for demand."""
+        place = self._place(size_bytes)
+        return self._can_spare(place, self.tiers[place].files.whole_bytes(size_bytes))
+
+    def _check_spare(self, place: int, charged_bytes: int) -> None:
+        if not self._can_spare(place, charged_bytes):
+            raise CacheFull(f"{self.tiers[place].name}: no room for {charged_bytes} bytes unasked")
+
+    def _can_spare(self, place: int, charged_bytes: int) -> bool:
+        """Return whether so much is free, or needed by no recognised epoch, where content ends up."""
+        tier = self.tiers[place]
+        disks = [other for other in self.tiers if not other.files.is_memory]
+        over = [tier, *disks] if tier.files.is_memory else [tier]
+        spare_bytes = sum(each.room_bytes + each.policy.spare_bytes for each in over)
+        kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + charged_bytes) for each in over)
+        if tier.files.is_memory:
+            kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
+        return spare_bytes >= charged_bytes + kept_bytes
 
     async def fill_whole(self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool) -> None:
         """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError."""
@@ -180,11 +214,12 @@ class Residency:
             place = self._place(version.size_bytes)
             files = self.tiers[place].files
             charged = files.whole_bytes(version.size_bytes)
-            await self.reserve(place, charged)
+            await self.reserve(place, charged, demand=demand)
             try:
-                checksums = await self._lake_engine.run(
-                    lambda: files.land_whole(version, vid, get()), demand=demand
-                )
+                with self.tiers[place].landing(charged):
+                    checksums = await self._lake_engine.run(
+                        lambda: files.land_whole(version, vid, get()), demand=demand
+                    )
                 await self._committer.commit(lambda w: put_whole(w, version, place, checksums))
             except BaseException as error:
                 if isinstance(error, CacheError):
@@ -192,6 +227,8 @@ class Residency:
                 self.tiers[place].budget.give_back(charged)
                 raise
             self.tiers[place].policy.added(ItemId(vid), charged, used=demand)
+            if not demand:
+                self.tiers[place].policy.expect(ItemId(vid))
 
     async def fill_blocks(
         self, version: ObjectVersion, blocks: range, get: Callable[[], Body], *, demand: bool
@@ -224,9 +261,10 @@ class Residency:
         charged = charge(min(version.size_bytes, blocks.stop * BLOCK_BYTES) - offset)
         await self.reserve(place, charged)
         try:
-            checksums = await self._lake_engine.run(
-                lambda: tier.files.land_blocks(vid, offset, get()), demand=demand
-            )
+            with tier.landing(charged):
+                checksums = await self._lake_engine.run(
+                    lambda: tier.files.land_blocks(vid, offset, get()), demand=demand
+                )
             await self._committer.commit(lambda w: put_blocks(w, version, place, group, first, checksums))
         except BaseException as error:
             if isinstance(error, CacheError):  # What of it was written must not stay uncharged.
@@ -359,11 +397,21 @@ class Residency:
     def used(self, items: list[bytes], now_s: float) -> None:
         """Note that readers hit *items*: whole objects (16 bytes) or groups (20)."""
         for item in items:
-            for tier in self.tiers:
-                tier.policy.touched(ItemId(item))
+            self.touched(ItemId(item))
             usage = self._usage.setdefault(item[:16], Usage())
             usage.hits += len(item) == 16
             usage.last_used_s = now_s
+
+    def touched(self, item: ItemId) -> None:
+        """Tell the eviction policies that a reader uses *item*."""
+        for tier in self.tiers:
+            tier.policy.touched(item)
+        self.ledger.used(item)
+
+    def expect(self, vid: bytes, *, expected: bool) -> None:
+        """Keep a whole object for an epoch that will use it, or no longer."""
+        for tier in self.tiers:
+            (tier.policy.expect if expected else tier.policy.release)(ItemId(vid))
 
     def usage(self, vid: bytes, row: VersionRow) -> Usage:
         recent = self._usage.get(vid, Usage())
@@ -425,6 +473,7 @@ class Residency:
         for item in items:
             freed += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
+            self.ledger.left(item)
         tier.budget.give_back(freed)
         self.evicted_bytes += freed
         return freed
@@ -476,6 +525,9 @@ class Residency:
             target_place = self._emptiest_disk(charged)
             target = self.tiers[target_place]
             label_bytes = target.files.label_bytes if row.whole else 0
+            is_expected = any(map(source.policy.is_expected, sizes))
+            if not is_expected and target.is_all_expected(charged + label_bytes):
+                return await self._evict_held(source, list(sizes))
             await self.reserve(target_place, charged + label_bytes)
             try:
                 await self._disk_engine.run(
@@ -492,7 +544,9 @@ class Residency:
             await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
                 source.policy.removed(item)
-                target.policy.added(item, size_bytes + label_bytes, used=True)
+                target.policy.added(item, size_bytes + label_bytes, used=not is_expected)
+                if is_expected:
+                    target.policy.expect(item)
             source.budget.give_back(charged)
         self.demoted_bytes += charged
         return charged
@@ -528,7 +582,7 @@ class Residency:
             self.dram_low = trio.Event()
             try:
                 async with self.tiers[0].room_lock:
-                    short_bytes = budget.size_bytes // 8 - budget.room_bytes
+                    short_bytes = budget.size_bytes // _DRAM_KEPT_SHARE - budget.room_bytes
                     moved = short_bytes <= 0 or await self._make_room(0, short_bytes)
             except CacheError as error:
                 log.warning("can't make room in DRAM ahead of need: %s", error)
@@ -547,6 +601,11 @@ class Residency:
             async with tier.room_lock:
                 await self._demote(0, items[start : start + _DRAIN_STEP])
             yield self.demoted_bytes - before, total
+
+
+def _step_bytes(tier: Tier) -> int:
+    """Return how many bytes leave at once when room is short."""
+    return min(_EVICT_BYTES_MIN, tier.budget.size_bytes // _EVICT_SHARE_MAX)
 
 
 def _items(vid: bytes, row: VersionRow, groups: list[tuple[GroupIndex, Group]]) -> list[ItemId]:

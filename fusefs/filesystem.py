@@ -68,6 +68,8 @@ class Filesystem:
         self._counters = counters
         self._staging = staging
         self._used: list[bytes] = []
+        self._used_files: list[int] = []
+        self._used_at_s: list[float] = []
 
     # Open
 
@@ -83,7 +85,7 @@ class Filesystem:
             return inode
         row = self._index.version(node.vid)
         if row is not None and row.whole:
-            self._note_used(node.vid)
+            self._note_file_used(inode, node)
             return inode
         try:
             await self._wait(Fetch(inode, 0, node.size_bytes))
@@ -165,7 +167,7 @@ class Filesystem:
                 if found is not None:
                     body, source = found
                     if self._no_open and not waited and node.vid not in self._used:
-                        self._note_used(node.vid)
+                        self._note_file_used(inode, node)
                     self._counters.add("bytes_lake" if waited else source, length)
                     return body
                 waited = True
@@ -177,7 +179,8 @@ class Filesystem:
         return answer
 
     async def _wait(self, request: Request) -> bytes:
-        """Ask the mover and count the time."""
+        """Ask the mover and count the time. It hears first what was used before, in this order."""
+        self.flush_used()
         started_ns = time.monotonic_ns()
         try:
             return (await self._mover.ask(request)).body
@@ -253,6 +256,12 @@ class Filesystem:
 
     # Use
 
+    def _note_file_used(self, inode: Inode, node: Node) -> None:
+        if node.size_bytes <= SMALL_OBJECT_BYTES_MAX:  # Of such are sample sets.
+            self._used_files.append(inode)
+            self._used_at_s.append(time.time())
+        self._note_used(node.vid)
+
     def _note_used(self, *items: bytes) -> None:
         self._used += items
         if len(self._used) >= _USED_BATCH:
@@ -261,8 +270,8 @@ class Filesystem:
     def flush_used(self) -> None:
         """Tell the mover which cached items were used, for its eviction policy."""
         if self._used:
-            used, self._used = self._used, []
-            self._mover.tell(Used(used))
+            self._mover.tell(Used(self._used, self._used_files, self._used_at_s))
+            self._used, self._used_files, self._used_at_s = [], [], []
 
     async def flush_used_regularly(self) -> None:
         while True:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.bench import memory
+from tools.bench.epoch_bytes import prepare_past_page_cache
 from tools.bench.figures import Figure, MeasurementFailed, Target, alternate, table
 from tools.bench.list_server import GeneratedKeys, list_page, list_server
 from tools.bench.readers import prepare_files, shuffled_shares, timed
@@ -62,6 +63,13 @@ def test_readers_read_everything_once(tmp_path: Path) -> None:
     assert sorted(path for share in shares for path in share) == paths
     assert shares != shuffled_shares(paths, 3, seed=2)
     assert timed(prepare_files, shares, expected_bytes=10_000) > 0
+
+
+def test_readers_past_the_page_cache_read_everything(tmp_path: Path) -> None:
+    paths = [str(tmp_path / str(i)) for i in range(4)]
+    for path in paths:
+        Path(path).write_bytes(b"x" * 1000)
+    assert timed(prepare_past_page_cache, [paths[:2], paths[2:]], expected_bytes=4000) > 0
 
 
 def test_readers_that_read_too_little_or_fail_are_no_result(tmp_path: Path) -> None:

@@ -167,6 +167,46 @@ def test_what_a_whole_epoch_did_not_use_leaves_first() -> None:
     assert numbers(policy.order(50)) == list(range(50, 100))
 
 
+def test_what_a_recognised_epoch_expects_leaves_last_and_is_not_to_spare() -> None:
+    policy = filled(EpochPolicy(), 100, used=False)
+    assert (policy.spare_bytes, policy.expected_bytes) == (100, 0)
+    for number in range(40):
+        policy.expect(item(number))
+    assert (policy.spare_bytes, policy.expected_bytes) == (60, 40)
+    assert set(numbers(policy.order(60))) == set(range(40, 100))
+    policy.touched(item(0))
+    assert not policy.is_expected(item(0)) and policy.expected_bytes == 39
+    for number in range(100):
+        policy.release(item(number))
+    assert policy.expected_bytes == 0 and set(numbers(policy.order(39))) == set(range(1, 40))
+
+
+def test_of_what_was_used_a_moment_ago_only_the_newest_leave_after_what_is_expected() -> None:
+    policy = filled(EpochPolicy(), 1000, used=False)
+    for number in range(50):
+        policy.touched(item(number))
+    for number in range(50, 1000):
+        policy.expect(item(number))
+    in_hands = EpochPolicy._IN_HANDS
+    assert numbers(policy.order(50 - in_hands)) == list(range(50 - in_hands))
+    assert numbers(policy.order(1000))[-in_hands:] == list(range(50 - in_hands, 50))
+
+
+def test_an_epoch_that_begins_elsewhere_leaves_alone_what_is_expected() -> None:
+    policy = filled(EpochPolicy(), 100, used=False)
+    policy.expect(item(7))
+    policy.epoch_began()
+    assert numbers(policy.order(100))[-1] == 7
+
+
+def test_lru_spares_nothing_to_what_nobody_asked_for() -> None:
+    policy = filled(LruPolicy(), 10)
+    policy.expect(item(0))
+    policy.release(item(0))
+    assert (policy.spare_bytes, policy.expected_bytes, policy.is_expected(item(0))) == (0, 0, False)
+    assert numbers(policy.order(1)) == [0]
+
+
 @pytest.mark.parametrize(("share", "from_epoch"), [(0.2, 2), (0.5, 1), (0.8, 1)])
 def test_shuffled_epochs_fetch_little_more_than_what_does_not_fit(share: float, from_epoch: int) -> None:
     """The optimum is 1 - share. A first pass over more than twice the tier costs one epoch more."""
@@ -199,7 +239,7 @@ def test_popular_items_are_served_as_well_as_by_lru() -> None:
 Step = tuple[str, int, int]
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["use", "ahead", "touch", "remove", "evict", "epoch"]),
+        st.sampled_from(["use", "ahead", "touch", "expect", "release", "remove", "evict", "epoch"]),
         st.integers(0, 40),
         st.integers(1, 9),
     ),
@@ -218,6 +258,10 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
             model[one] = size_bytes
         elif verb == "touch":
             policy.touched(one)
+        elif verb == "expect":
+            policy.expect(one)
+        elif verb == "release":
+            policy.release(one)
         elif verb == "remove":
             policy.removed(one)
             model.pop(one, None)
@@ -233,6 +277,10 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
         elif isinstance(policy, EpochPolicy):
             policy.epoch_began()
         assert len(policy) == len(model)
+        assert policy.spare_bytes + policy.expected_bytes <= sum(model.values())
+        if isinstance(policy, EpochPolicy):
+            for queue in policy._queues():
+                assert queue.size_bytes == sum(queue.values())
     order = policy.order(1000)
     assert len(order) == len(set(order)) and set(order) == set(model)
     assert {one: policy.size_of(one) for one in order} == model

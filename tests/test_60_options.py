@@ -55,7 +55,8 @@ def test_every_option_reaches_the_configuration(here: Path) -> None:
         " --policy lru --endpoint-url http://localhost:9000/ --aws-profile me --region eu-1 --path-style"
         " --ca-bundle ca.pem --connect-timeout 1.5 --read-timeout 2 --retry 0 --fetch-threads 7"
         " --durability ckpt/*=remote --durability local --dirty-max 1G --upload-delay 1 --upload-open-delay 9"
-        " --upload-threads 3 --upload-bandwidth 1M --keep-free 1M --allow-other --uid 1 --gid 2 --foreground --log-file log --log-level debug"
+        " --upload-threads 3 --upload-bandwidth 1M --keep-free 1M --allow-other --uid 1 --gid 2 --foreground"
+        " --log-file log --log-level debug"
     )
     config = build(*words.split())
     assert config.caches == (CacheDirectory(here / "cache", GIB), CacheDirectory(here / "other", 64 * MIB))

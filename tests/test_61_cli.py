@@ -326,7 +326,20 @@ STATUS = {
     "reads": {"bytes_by_source": {"dram": 4096, "lake": 1024}},
     "dirty_bytes": 0,
     "uploads": [],
-    "sets": [],
+    "sets": [
+        {
+            "path": "train",
+            "files": 5000,
+            "bytes": 5 << 20,
+            "epoch": 2,
+            "used_share": 0.45,
+            "cached_share": 1.0,
+            "pattern": "shuffled",
+            "order": "unknown",
+            "read_ahead": "done",
+            "wasted_bytes": 1 << 20,
+        }
+    ],
 }
 
 

@@ -95,6 +95,13 @@ OPTIONS = (
     ),
     Option("policy", kinds.choice("epoch", "lru"), "what leaves a full cache first", "epoch", "epoch|lru"),
     Option(
+        "read-ahead",
+        kinds.choice("none", "file", "set"),
+        "file: within large files; set: also the rest of a sample set once an epoch over it is seen",
+        "set",
+        "none|file|set",
+    ),
+    Option(
         "profile",
         kinds.choice("auto", "dataset", "checkpoint"),
         "dataset: opens cost no request; checkpoint: an open that meets a changed object looks it up again",
@@ -324,6 +331,7 @@ def _build(values: Values) -> MountConfig:
         ttl_s=values.get("ttl", 60.0),
         workers=values.get("workers", max(1, len(os.sched_getaffinity(0)) // 2)),
         policy=values.get("policy", "epoch"),
+        read_ahead=values.get("read-ahead", "set"),
         profile=values.get("profile", "auto"),
         allow_other=values.get("allow-other", False),
         uid=values.get("uid", os.getuid()),

@@ -148,6 +148,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if lake_io := status.get("lake_io"):
         rows.append(("lake traffic", _lake_io(lake_io)))
+    rows += [(f"set {shown.get('path', '')}", _set(shown)) for shown in status.get("sets", [])]
     if dirty_bytes := status.get("dirty_bytes"):
         rows.append(("not uploaded", format_size(dirty_bytes)))
     rows += [(f"feature {name}", _feature(value)) for name, value in status.get("features", {}).items()]
@@ -180,6 +181,17 @@ def _lake_io(lake_io: dict[str, Any]) -> str:
     requests = ", ".join(f"{verb} {count}" for verb, count in lake_io.get("requests", {}).items() if count)
     fetched, sent = (format_size(lake_io.get(key, 0)) for key in ("bytes_fetched", "bytes_sent"))
     return f"{fetched} fetched, {sent} sent; requests: {requests or 'none'}"
+
+
+def _set(shown: dict[str, Any]) -> str:
+    used, cached = (shown.get(key, 0.0) for key in ("used_share", "cached_share"))
+    wasted_bytes = shown.get("wasted_bytes", 0)
+    return (
+        f"epoch {shown.get('epoch')}, {used:.0%} used, {cached:.0%} cached"
+        f" of {shown.get('files', 0):,} files, {format_size(shown.get('bytes', 0))};"
+        f" {shown.get('pattern')}, order {shown.get('order')}; read-ahead: {shown.get('read_ahead')}"
+        + (f", {format_size(wasted_bytes)} wasted" if wasted_bytes else "")
+    )
 
 
 def _feature(value: Any) -> str:

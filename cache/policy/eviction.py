@@ -26,6 +26,21 @@ class EvictionPolicy(Protocol):
     def removed(self, item: ItemId) -> None:
         """*item* has left the tier. Unknown items are ignored."""
 
+    def expect(self, item: ItemId) -> None:
+        """A recognised epoch will use *item*: it leaves last. Unknown items are ignored."""
+
+    def release(self, item: ItemId) -> None:
+        """Take `expect` back: the epoch went no further."""
+
+    def is_expected(self, item: ItemId) -> bool: ...
+
+    @property
+    def expected_bytes(self) -> int: ...
+
+    @property
+    def spare_bytes(self) -> int:
+        """Return the bytes of what read-ahead may push out: no recognised epoch still needs it."""
+
     def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
         """Return the items to evict, first to leave first, so that *need_bytes* come free.
 
@@ -73,6 +88,23 @@ class LruPolicy:
     def removed(self, item: ItemId) -> None:
         self._items.pop(item, None)
 
+    def expect(self, item: ItemId) -> None:
+        pass  # It knows of no future.
+
+    def release(self, item: ItemId) -> None:
+        pass
+
+    def is_expected(self, item: ItemId) -> bool:
+        return False
+
+    @property
+    def expected_bytes(self) -> int:
+        return 0
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0  # What was used last would go for what may never be used.
+
     def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
         return _take(iter(self._items.items()), need_bytes, busy)
 
@@ -86,16 +118,38 @@ class LruPolicy:
         return len(self._items)
 
 
+class _Queue(OrderedDict[ItemId, int]):
+    """Items to their sizes, in order of use. Invariant: size_bytes is the sum; so only these change it."""
+
+    size_bytes = 0
+
+    def put(self, item: ItemId, size_bytes: int) -> None:
+        assert item not in self
+        self[item] = size_bytes
+        self.size_bytes += size_bytes
+
+    def take(self, item: ItemId) -> int | None:
+        size_bytes = self.pop(item, None)
+        self.size_bytes -= size_bytes or 0
+        return size_bytes
+
+    def put_all(self, other: _Queue) -> None:
+        self.update(other)
+        self.size_bytes += other.size_bytes
+
+
 class EpochPolicy:
     """For shuffled epochs: a set that stays is worth more than what came last.
 
-    Each item is in one of five queues, each in order of use. They leave in this order:
+    Each item is in one of six queues, each in order of use. They leave in this order:
       idle    not used in the whole of the last epoch
       used    used in this epoch, *newest first*: so one miss replaces the last one, and the rest
               stays for the next epoch, however late that is recognised
       again   used a second time since this epoch began: the next one may have begun
       needed  used in the last epoch or brought unasked, not yet used in this one
       recent  used a moment ago: somebody may still be reading it
+      expected  told from outside: a recognised epoch has not used it yet
+    The newest few of `recent` leave after `expected`.
     With random orders and a fraction C of a set cached, an epoch then fetches (1 - C) of it.
     Least recently used first would fetch nearly all of it (0.98 at C = 0.2, 0.85 at 0.5).
 
@@ -109,13 +163,15 @@ class EpochPolicy:
     _AGAIN_SHARE = 8
     _RECENT_SHARE = 16
     _RECENT_MAX = 64
+    _IN_HANDS = 16
 
     def __init__(self) -> None:
-        self._idle: OrderedDict[ItemId, int] = OrderedDict()
-        self._used: OrderedDict[ItemId, int] = OrderedDict()
-        self._again: OrderedDict[ItemId, int] = OrderedDict()
-        self._needed: OrderedDict[ItemId, int] = OrderedDict()
-        self._recent: OrderedDict[ItemId, int] = OrderedDict()
+        self._idle = _Queue()
+        self._used = _Queue()
+        self._again = _Queue()
+        self._needed = _Queue()
+        self._expected = _Queue()
+        self._recent = _Queue()
         self._recent_again: set[ItemId] = set()  # Those of `recent` that go on to `again`.
         self._gone_unused = 0  # Items that left since one was used.
         self.epochs = 0
@@ -125,7 +181,7 @@ class EpochPolicy:
         if used:
             self._use(item, size_bytes, again=False)
         else:
-            self._needed[item] = size_bytes
+            self._needed.put(item, size_bytes)
 
     def touched(self, item: ItemId) -> None:
         if item in self._recent:
@@ -142,17 +198,36 @@ class EpochPolicy:
 
     def epoch_began(self) -> None:
         """Start a new epoch. Recognised here; may be told from outside."""
-        self._idle.update(self._needed)
-        self._needed, self._used, self._again = self._used, self._again, OrderedDict()
+        self._idle.put_all(self._needed)
+        self._needed, self._used, self._again = self._used, self._again, _Queue()
         self._recent_again.clear()
         self._gone_unused = 0
         self.epochs += 1
 
     def removed(self, item: ItemId) -> None:
-        if self._take_out(item):
+        if self._take_out(item) is not None:
             self._gone_unused += 1
             if self._gone_unused > max(self._AGAIN_MIN, len(self)):
                 self.epoch_began()
+
+    def expect(self, item: ItemId) -> None:
+        if (size_bytes := self._take_out(item)) is not None:
+            self._expected.put(item, size_bytes)
+
+    def release(self, item: ItemId) -> None:
+        if (size_bytes := self._expected.take(item)) is not None:
+            self._idle.put(item, size_bytes)
+
+    def is_expected(self, item: ItemId) -> bool:
+        return item in self._expected
+
+    @property
+    def expected_bytes(self) -> int:
+        return self._expected.size_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        return sum(queue.size_bytes for queue in (self._idle, self._used, self._again, self._needed))
 
     def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
         return _take(self._in_order(), need_bytes, busy)
@@ -169,31 +244,38 @@ class EpochPolicy:
     def __len__(self) -> int:
         return sum(map(len, self._queues()))
 
-    def _queues(self) -> tuple[OrderedDict[ItemId, int], ...]:
-        return self._used, self._needed, self._recent, self._again, self._idle
+    def _queues(self) -> tuple[_Queue, ...]:
+        return self._used, self._needed, self._recent, self._expected, self._again, self._idle
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
+        older = max(0, len(self._recent) - self._IN_HANDS)
         return chain(
             self._idle.items(),
             reversed(self._used.items()),
             self._again.items(),
             self._needed.items(),
-            self._recent.items(),
+            islice(self._recent.items(), older),
+            self._expected.items(),
+            islice(self._recent.items(), older, None),
         )
 
     def _use(self, item: ItemId, size_bytes: int, *, again: bool) -> None:
-        self._recent[item] = size_bytes
+        self._recent.put(item, size_bytes)
         if again:
             self._recent_again.add(item)
         while len(self._recent) > max(1, min(self._RECENT_MAX, len(self) // self._RECENT_SHARE)):
-            older, older_bytes = self._recent.popitem(last=False)
+            older = next(iter(self._recent))
             queue = self._again if older in self._recent_again else self._used
             self._recent_again.discard(older)
-            queue[older] = older_bytes
+            queue.put(older, self._recent.take(older) or 0)
 
-    def _take_out(self, item: ItemId) -> bool:
+    def _take_out(self, item: ItemId) -> int | None:
+        """Take *item* out of its queue; return its size in bytes, None when it was in none."""
         self._recent_again.discard(item)
-        return any(queue.pop(item, None) is not None for queue in self._queues())
+        for queue in self._queues():
+            if item in queue:
+                return queue.take(item)
+        return None
 
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LruPolicy, "epoch": EpochPolicy}

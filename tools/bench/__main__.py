@@ -15,7 +15,17 @@ from types import FrameType
 from typing import NoReturn
 
 from cache.errors import SluiceError
-from tools.bench import checkpoint, cold_epoch, find, namespace_memory, sequential, small_writes, warm_epochs
+from tools.bench import (
+    checkpoint,
+    cold_epoch,
+    epoch_bytes,
+    find,
+    namespace_memory,
+    sequential,
+    set_ahead,
+    small_writes,
+    warm_epochs,
+)
 from tools.bench.figures import Figure, MeasurementFailed, machine, progress, table
 from tools.bench.settings import Settings
 from tools.mounted import MountFailed
@@ -23,7 +33,17 @@ from tools.servers import ServerError
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Figure]]] = {
     module.NAME: module.measure
-    for module in (warm_epochs, cold_epoch, sequential, find, namespace_memory, checkpoint, small_writes)
+    for module in (
+        warm_epochs,
+        cold_epoch,
+        set_ahead,
+        epoch_bytes,
+        sequential,
+        find,
+        namespace_memory,
+        checkpoint,
+        small_writes,
+    )
 }
 
 

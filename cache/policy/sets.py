@@ -1,0 +1,318 @@
+"""Sample sets and their epochs: what of a set has been used, how, and what to fetch next.
+
+A sample set is the files of one dataset, an epoch one pass over them. A `SampleSet` is told of every
+use of a member that anybody saw, and judges from the order of the uses what is going on:
+  shuffled  members once each, in no listing order: an epoch. The rest of the set will be used.
+  scan      members in listing order (cp -r, tar, grep -r, a loader that does not shuffle)
+  reused    a few members again and again: no pass over the set, nothing is fetched ahead
+Which file to fetch next is asked of an `Upcoming`: where the order of the epoch becomes known, its
+finder takes the place of `ListingOrder`. `cache/policy/recognise.py` finds the sets.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from itertools import pairwise
+from typing import Protocol
+
+from cache.model import MIB
+
+
+class Pattern(Enum):
+    """How the members of a set are used. The values are shown by `sluice status`."""
+
+    FEW = "too few uses"
+    SHUFFLED = "shuffled"
+    SCAN = "scan"
+    REUSED = "reused"
+
+
+class Members:
+    """The files of a set. A member's *place* is its number in listing order, from 0.
+
+    Listing order: depth first, each directory's entries in byte order of their names. Takes eight
+    bytes a member, and as many again where inodes do not ascend in that order.
+    """
+
+    def __init__(self, inodes: Iterable[int], total_bytes: int) -> None:
+        self.inodes = array("Q", inodes)
+        self.total_bytes = total_bytes
+        self._sorted, self._places = self.inodes, array("I")
+        if any(a >= b for a, b in pairwise(self.inodes)):
+            self._places = array("I", sorted(range(len(self.inodes)), key=self.inodes.__getitem__))
+            self._sorted = array("Q", (self.inodes[place] for place in self._places))
+
+    def __len__(self) -> int:
+        return len(self.inodes)
+
+    def place(self, inode: int) -> int | None:
+        at = bisect_left(self._sorted, inode)
+        if at == len(self._sorted) or self._sorted[at] != inode:
+            return None
+        return self._places[at] if self._places else at
+
+    @property
+    def mean_bytes(self) -> int:
+        return self.total_bytes // max(1, len(self.inodes))
+
+
+class Upcoming(Protocol):
+    """Says which member of one set to fetch next. The one place where a known order plugs in.
+
+    A set has one from its beginning (`SetReadAhead` is given the factory) and tells it of all uses,
+    so a finder of orders is an `Upcoming` that answers as `ListingOrder` does until it knows.
+    Synchronous and quick (microseconds): it is asked before each fetch. Long searches belong into
+    a thread of the finder's own.
+    """
+
+    name: str  # `sluice status` shows it: "unknown", "told", "torch RandomSampler seed 0", ...
+    is_known: bool  # Then it says itself how far ahead to go; else the set's caution does.
+
+    def used(self, place: int, now_s: float) -> None:
+        """A member was used the first time in this epoch. *now_s*: on the clock of the uses."""
+
+    def epoch_began(self, epoch: int) -> None:
+        """Another pass over the same members has begun; the uses seen of it so far are told next."""
+
+    def next_place(self, status: bytearray, frontier: int | None) -> int | None:
+        """Return the place of the member to fetch next; None: nothing now, ask again after a use.
+
+        *status* holds a byte for each place; only places that are OPEN there may be returned (one
+        that is not is resident, under way, used, or can't be had). *frontier*: in a scan, the
+        place that was reached last.
+        """
+
+
+class ListingOrder:
+    """While nothing is known of the order: what is cheap for the lake. In a scan, what comes next."""
+
+    name = "unknown"
+    is_known = False
+
+    def used(self, place: int, now_s: float) -> None:
+        pass
+
+    def epoch_began(self, epoch: int) -> None:
+        pass
+
+    def next_place(self, status: bytearray, frontier: int | None) -> int | None:
+        place = status.find(OPEN, 0 if frontier is None else frontier)
+        return None if place < 0 else place
+
+
+MakeUpcoming = Callable[[Members], Upcoming]
+
+# Of a member, in SampleSet.status.
+OPEN = 0  # Not looked at in this epoch.
+DONE = 1  # Used or found resident in this epoch, or not to be had.
+AHEAD = 2  # Fetched ahead or on its way, not used yet.
+
+_EVIDENCE = 16  # Uses before a pattern is believed.
+_WINDOW = 64  # Uses that a pattern is judged by.
+_MASK = (1 << _WINDOW) - 1
+_SCAN_SHARE = 0.6  # Of the uses that follow a recent one in listing order.
+_REUSED_SHARE = 0.25  # Of the uses that repeat one, above what an epoch's end explains.
+# Members fetched ahead for each one seen used: a reader that stops after a few costs little, and
+# after a hundredth of an epoch nobody waits for this any more.
+_AHEAD_PER_USE = 32
+_SCAN_PER_USE = 2
+_SCAN_FILES_MAX = 256
+_SCAN_BYTES_MAX = 256 * MIB
+_RECENT = 64  # A use of one of the last so many is the same use, seen twice.
+_AGAIN_MIN = 16
+_AGAIN_SHARE = 4
+_NEARLY_ALL, _SOME = 0.9, 0.1  # Shares of the set.
+_AGAIN_AT_THE_END = 16  # More than a sampler pads.
+_AGAIN_AT_ONCE_MIN = 8
+_IN_A_SCAN = (1, 2)  # Steps from a recent place: labels or images may be skipped in between.
+
+
+class SampleSet:
+    """One set: its members and how far its epoch is. Takes ten to twenty bytes a member.
+
+    Invariants: `used_count` is the number of set bytes of `_used`; `ahead_count` that of members
+    which became AHEAD in this epoch; a used member is DONE.
+    """
+
+    def __init__(self, root: int, members: Members, upcoming: Upcoming, *, deep: bool) -> None:
+        """*deep*: subdirectories of *root* are part of it."""
+        self.root = root
+        self.deep = deep
+        self.members = members
+        self.upcoming = upcoming
+        self.epoch = 0  # 0: only a few uses so far.
+        self.last_used_s = 0.0
+        self.strangers = 0  # Uses of files below the root that are no members: the set has grown.
+        self.status = bytearray(len(members))
+        self._used = bytearray(len(members))
+        self._again = bytearray(len(members))
+        self.used_count = 0
+        self._again_count = 0
+        self._recent: deque[int] = deque(maxlen=max(1, min(_RECENT, len(members) // 4)))
+        near = max(2, min(32, len(members) // 16))
+        self._near: deque[int] = deque(maxlen=near)
+        self._follows = self._repeats = 0  # A bit for each of the last uses, the newest lowest.
+        self._first_uses = self._uses = 0
+        self._ahead_count = self._ahead_used = 0
+
+    def __repr__(self) -> str:
+        return f"<set of inode {self.root}: {self.used_count}/{len(self.members)} of epoch {self.epoch}>"
+
+    # Uses
+
+    def used(self, place: int, now_s: float) -> bool:
+        """Note a use of a member; return whether it showed that a new epoch has begun."""
+        self.last_used_s = max(self.last_used_s, now_s)
+        if place in self._recent:
+            return False
+        self._recent.append(place)
+        self._uses += 1
+        self._repeats = (self._repeats << 1 | self._used[place]) & _MASK
+        if self._used[place]:
+            return self._used_again(place, now_s)
+        self._used_first(place, now_s)
+        if self.epoch == 0 and self.used_count >= min(_EVIDENCE, len(self.members)):
+            self.epoch = 1
+            return True
+        return False
+
+    def _used_first(self, place: int, now_s: float) -> None:
+        self._first_uses += 1
+        follows = any(place - step in self._near for step in _IN_A_SCAN)
+        self._follows = (self._follows << 1 | follows) & _MASK
+        self._near.append(place)
+        self._used[place] = 1
+        self.used_count += 1
+        if self.status[place] == AHEAD:
+            self._ahead_used += 1
+        self.status[place] = DONE
+        self.upcoming.used(place, now_s)
+
+    def _used_again(self, place: int, now_s: float) -> bool:
+        if not self._again[place]:
+            self._again[place] = 1
+            self._again_count += 1
+        if not self._is_over():
+            return False
+        self._begin_epoch(now_s)
+        return True
+
+    def _is_over(self) -> bool:
+        """Return whether the members used again say that another epoch has begun.
+
+        Some are never used (a sampler drops the last ones, the page cache answers unseen) and some
+        twice (samplers pad, jobs share the set). Of a new epoch, as many uses are repeats as members
+        were used in the old one, and that all at once; else many repeats have to gather.
+        """
+        count, share = len(self.members), self.used_count / len(self.members)
+        repeats = self._repeats.bit_count()
+        if share >= _NEARLY_ALL:
+            return repeats >= max(1, min(_AGAIN_AT_THE_END, count // 8))
+        if share >= _SOME and self._again_count <= 2 * repeats:
+            return repeats >= max(_AGAIN_AT_ONCE_MIN, _WINDOW * share / 2)
+        return self._again_count > max(_AGAIN_MIN, self.used_count // _AGAIN_SHARE)
+
+    def _begin_epoch(self, now_s: float) -> None:
+        """Start the next epoch with what was used again as its first uses."""
+        if self.pattern is not Pattern.REUSED:
+            self._repeats = 0
+        self._used, self._again = self._again, bytearray(len(self.members))
+        self.used_count, self._again_count = self._again_count, 0
+        self._ahead_count = self._ahead_used = 0
+        self.status = self.status.replace(bytes([AHEAD]), bytes([DONE]))
+        self.epoch += 1
+        self.upcoming.epoch_began(self.epoch)
+        for place in self.used_places():
+            self.upcoming.used(place, now_s)
+
+    def look_again(self) -> None:
+        """Forget which members are resident: something has left the tiers since the last epoch."""
+        self.status = bytearray(self._used)  # A used byte is 1, which is DONE.
+
+    def used_places(self) -> Iterable[int]:
+        place = self._used.find(1)
+        while place >= 0:
+            yield place
+            place = self._used.find(1, place + 1)
+
+    def is_used(self, place: int) -> bool:
+        return bool(self._used[place])
+
+    # Judgement
+
+    @property
+    def pattern(self) -> Pattern:
+        if self.epoch == 0:
+            return Pattern.FEW
+        repeated = self._repeats.bit_count() / min(_WINDOW, self._uses)
+        if repeated > _REUSED_SHARE + self.used_count / len(self.members):
+            return Pattern.REUSED
+        follow = self._follows.bit_count() / min(_WINDOW, self._first_uses)
+        return Pattern.SCAN if follow >= _SCAN_SHARE else Pattern.SHUFFLED
+
+    # What to fetch
+
+    def take(self) -> int | None:
+        """Return the place of the member to fetch now, which is AHEAD from here on; None: none."""
+        pattern = self.pattern
+        if not self.upcoming.is_known and self._unused_ahead >= self._ahead_max(pattern):
+            return None
+        frontier = self._near[-1] if pattern is Pattern.SCAN else None
+        place = self.upcoming.next_place(self.status, frontier)
+        if place is None:
+            return None
+        assert self.status[place] == OPEN, (place, self.status[place])
+        self.status[place] = AHEAD
+        self._ahead_count += 1
+        return place
+
+    def need_not(self, place: int) -> None:
+        """A member that was taken is resident already, or can't be had."""
+        if self.status[place] == AHEAD:
+            self.status[place] = DONE
+            self._ahead_count -= 1
+
+    def found_resident(self, place: int) -> None:
+        if self.status[place] == OPEN:
+            self.status[place] = DONE
+
+    @property
+    def is_all_fetched(self) -> bool:
+        return self.status.find(OPEN) < 0
+
+    def put_back(self, place: int) -> None:
+        """A member that was taken could not be fetched now: it may be taken again."""
+        if self.status[place] == AHEAD:
+            self.status[place] = OPEN
+            self._ahead_count -= 1
+
+    @property
+    def _unused_ahead(self) -> int:
+        return self._ahead_count - self._ahead_used
+
+    def _ahead_max(self, pattern: Pattern) -> int:
+        """Return how many members may be fetched ahead and not used yet."""
+        if pattern is Pattern.SHUFFLED:
+            return _AHEAD_PER_USE * self.used_count
+        if pattern is Pattern.SCAN:
+            by_bytes = max(8, _SCAN_BYTES_MAX // max(1, self.members.mean_bytes))
+            return min(_SCAN_PER_USE * self.used_count, _SCAN_FILES_MAX, by_bytes)
+        return 0
+
+    # Growth
+
+    def succeeded_by(self, members: Members, upcoming: Upcoming, now_s: float) -> SampleSet:
+        """Return the set with the members that it has now, as far into its epoch as this one."""
+        successor = SampleSet(self.root, members, upcoming, deep=self.deep)
+        for place in self.used_places():
+            new_place = members.place(self.members.inodes[place])
+            if new_place is not None:
+                successor._used_first(new_place, now_s)
+        successor.epoch, successor.last_used_s = self.epoch, self.last_used_s
+        successor._follows, successor._repeats = self._follows, self._repeats
+        successor._first_uses, successor._uses = self._first_uses, self._uses
+        return successor
