@@ -15,6 +15,12 @@ ls      {"paths": [...], "recursive": bool, "limit": int}
                                "victim_rank": int|null}], "errors": [{"path", "error"}], "truncated": bool}
 evict   {"paths": [...]}   -> {"objects": int, "bytes": int, "errors": [{"path", "error"}]}
 hidden  {"limit": int}     -> {"count": int, "keys": [{"key", "reason"}]}
+hint    {"directory": str, and one of
+         "sampler": {...}  -> the fields of `ToldSampler`, or in one or more requests
+         "paths": [...] | "indices": [...], "upload": str (the same for all parts), "last": bool}
+                           -> {"files": int, "missing": int, "examples": [str]}, of all parts so far
+trace   {"seconds": float} -> with progress: {"uses": [[milliseconds, item, bytes], ...]}, every second;
+                           {"dropped": int}
 drain   {}                 -> with progress: moves what DRAM holds to the NVMe tiers; {"bytes": int}
 """
 

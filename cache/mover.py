@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
 from cache.model import MIB, Inode, ObjectVersion
+from cache.orders import Orders
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
+from cache.recorder import Recorder
 from cache.records import Node
 from cache.residency import Residency
 from cache.restore import restore
@@ -69,9 +71,11 @@ class Mover:
     residency: Residency
     fetcher: Fetcher
     lister: Lister
+    orders: Orders
     committer: Committer
     counters: Counters
     started_at_s: float
+    recorders: list[Recorder] = field(default_factory=list)  # Of every request, while `sluice trace` runs.
 
     async def check_lake(self) -> None:
         """Raise what a mount would meet first: bucket, credentials, endpoint, TLS."""
@@ -79,6 +83,8 @@ class Mover:
 
     async def handle(self, request: messages.Request) -> Answer:
         """Carry out one request. Raises SluiceError for `messages.failure` to pack."""
+        for recorder in self.recorders:
+            recorder.note(request, time.time())
         match request:
             case messages.Lookup(parent, name):
                 return Answer(0, value=int(await self.lister.lookup(Inode(parent), name)))
@@ -195,8 +201,9 @@ async def run_mover(
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send)
+            orders = Orders(nursery, index, lister)
             mover = Mover(
-                config, index, lake_io, residency, fetcher, lister, committer, counters, time.time()
+                config, index, lake_io, residency, fetcher, lister, orders, committer, counters, time.time()
             )
             await restore(residency, index, committer, disk_engine)
             nursery.start_soon(residency.adopt_all)

@@ -30,6 +30,9 @@ COMMANDS = {
     "status": Command("tools.status", "[DIR]", "what is mounted: tiers, hits, requests, features"),
     "ls": Command("tools.ls", "PATH…", "tier, cached share and hits of files"),
     "evict": Command("tools.evict", "PATH…", "drop files from the cache"),
+    "hint": Command("tools.hint", "FILE [DIR]", "tell in which order samples will be read"),
+    "trace": Command("tools.trace", "DIR FILE", "record what is read"),
+    "simulate": Command("tools.simulate.command", "TRACE", "what other caches would have made of a trace"),
     "doctor": Command("tools.doctor", "[DIR]", "what this machine supports, and how to get the rest"),
     "bench": Command("tools.bench.__main__", "", "the benchmark suite"),
 }
