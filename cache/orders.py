@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _TOLD_MAX = 64  # Directories.
 _UPLOADS_MAX = 4
+_ABSENT_MAX = 32  # Directories of a hint that are not there, until the lake is no longer asked for more.
 _EXAMPLES = 3  # Of missing paths, in the answer.
 _STEPS = 500  # Index lookups between two checkpoints: a few milliseconds.
 
@@ -71,6 +72,8 @@ class _Upload:
     """A hint that arrives in parts."""
 
     inodes: array[int] = field(default_factory=lambda: array("Q"))
+    directories: dict[bytes, Inode | None] = field(default_factory=dict)
+    absent: int = 0  # Of these.
     missing: int = 0
     examples: list[str] = field(default_factory=list)
 
@@ -204,14 +207,14 @@ class Orders:
                 upcoming.tell(lambda members=members: self._order(told, members))  # type: ignore[misc]
 
     async def _add_paths(self, upload: _Upload, paths: list[str]) -> None:
-        directories: dict[bytes, Inode | None] = {}
         for step, path in enumerate(paths):
             if step % _STEPS == 0:
                 await trio.lowlevel.checkpoint()
             parent, _, name = os.fsencode(path).strip(b"/").rpartition(b"/")
-            if parent not in directories:
-                directories[parent] = await self._listed(parent)
-            above = directories[parent]
+            if parent not in upload.directories and upload.absent < _ABSENT_MAX:
+                upload.directories[parent] = listed = await self._listed(parent)
+                upload.absent += listed is None
+            above = upload.directories.get(parent)
             found = None if above is None else self._index.child(above, name)
             if found is not None and not found[1].is_directory:
                 upload.inodes.append(found[0])

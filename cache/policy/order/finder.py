@@ -17,6 +17,7 @@ from cache.policy.order.candidates import (
     LEADING_PLACES_MAX,
     Leading,
     TorchTable,
+    late_starters,
     leading_of,
     torch_tables,
     whole_orders,
@@ -29,14 +30,14 @@ from cache.policy.order.spec import Spec
 FILES_MIN = 32  # Of smaller sets any order looks like any other.
 _LOOKS_AT = (16, 24, 32, 48, 64, 96, 128, 192, 256)  # Opens: more each time, then it is given up.
 OPENS_MAX = _LOOKS_AT[-1]
-_LISTINGS_FIRST, _LISTINGS_MAX = 1, 6
+_LISTINGS_FIRST, _LISTINGS_MAX = 1, 12
 _SURVIVORS_MAX = 6
-_SURPRISE_MIN = 40.0  # 4e-18, for 30,000 candidates under six listings, in 24 ways each.
-_HOPE_MIN = 12.0
+_SURPRISE_MIN = 40.0  # 4e-18, for 30,000 candidates under twelve listings, in 24 ways each.
+_HOPE_MIN = 30.0  # More than a few of the first places give, by which survivors were chosen.
 _EXPLAINED_MIN = 0.4  # Of the opens: others may read in the same directory.
 _LEADING_PLACES = (2048, 8192, LEADING_PLACES_MAX)
 _KEPT_MAX = 32
-_WORK_NS = 60_000_000  # For orders that must be made whole.
+_WORK_NS = 40_000_000  # For orders that must be made whole.
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +59,17 @@ class _Bank:
     def __init__(self, n: int, expected: Sequence[Spec], work_ns_max: int) -> None:
         self._n = n
         self._work_ns = work_ns_max - sum(work_ns(spec, n) for spec in expected)
+        self._has_rarer = False
         self.tables = torch_tables(n)
         self.leading = [leading_of(spec, n) for spec in expected]
         self._made: dict[tuple[str, int, int], Leading] = {}  # Survivors come back at the next look.
 
-    def add_whole_orders(self) -> None:
+    def add_rarer(self) -> None:
         """Add what costs more and is rarer. Only the first call does."""
-        self.leading += whole_orders(self._n, self._work_ns)
-        self._work_ns = 0
+        if not self._has_rarer:
+            self._has_rarer = True
+            self.leading += late_starters(self._n)
+            self.leading += whole_orders(self._n, self._work_ns)
 
     def torch_leading(self, table: TorchTable, column: int, places_max: int) -> Leading:
         key = (table.family, column, places_max)
@@ -151,7 +155,7 @@ class Finder:
             work_ns_max = _WORK_NS if not self._banks else _WORK_NS // 4
             self._banks[n] = _Bank(n, self._expected, work_ns_max)
         if self._looks > 1:
-            self._banks[n].add_whole_orders()
+            self._banks[n].add_rarer()
         return self._banks[n]
 
 

@@ -43,9 +43,9 @@ class Following:
         self._passed = 0  # Positions before this one will not be read any more.
         self._ours: NDArray[np.bool_] | None = None  # By position modulo its length: read here.
         self._verdicts = (1 << _JUDGED) - 1  # A bit for each of the last opens: was it expected.
-        for file in opened:
-            self._note(int(self._position_of[file]))
-        self._doubted_from = self._opens + grace
+        self._grace = grace
+        self._doubted_from = grace
+        self.catch_up(opened)
 
     @property
     def holds(self) -> bool:
@@ -68,6 +68,12 @@ class Following:
         if self._opens >= self._doubted_from:
             self._verdicts = (self._verdicts << 1 | self._is_expected(position)) & ((1 << _JUDGED) - 1)
         self._note(position)
+
+    def catch_up(self, files: Iterable[int]) -> None:
+        """Note what was opened before, in whatever order: the order is not judged by these."""
+        for file in files:
+            self._note(int(self._position_of[file]))
+        self._doubted_from = max(self._opens, self._grace)
 
     def upcoming(self, limit: int, wanted: NDArray[np.bool_] | None = None) -> list[int]:
         """Return the next *limit* files that are not opened nor passed by, soonest first.
@@ -104,7 +110,7 @@ class Following:
         return self._top() + 1 - self._passed
 
     def still_due(self, files: Iterable[int]) -> set[int]:
-        """Return those of *files* that will be read: not opened, and not passed by."""
+        """Return those of *files* that will be read: not opened, not passed by, not another's."""
         return {file for file in files if self._is_due(int(self._position_of[file]))}
 
     def positions(self, files: Iterable[int]) -> list[int]:
@@ -131,7 +137,9 @@ class Following:
             self._ours = self._find_ours()
 
     def _is_due(self, position: int) -> bool:
-        return position != NOWHERE and position >= self._passed and not self._opened_at[position]
+        if position == NOWHERE or position < self._passed or self._opened_at[position]:
+            return False
+        return self._ours is None or bool(self._ours[position % len(self._ours)])
 
     def _is_expected(self, position: int) -> bool:
         if position == NOWHERE:
@@ -166,6 +174,6 @@ class Following:
                 return None
             opened = self._opened_at[: rows * period].reshape(rows, period) != 0
             seen: NDArray[np.bool_] = opened.any(axis=0)
-            if not seen.all() and opened[:, seen].mean() > 0.75:
+            if seen.any() and not seen.all() and opened[:, seen].mean() > 0.75:
                 return seen
         return None

@@ -183,15 +183,10 @@ def _content(
 
 
 def leading_places(seed: int, n: int, places_max: int, skip: int = 0) -> Places:
-    """Return the first places of torch.randperm(n) under one seed, in as many steps."""
+    """Return the first places of torch.randperm(n) under one seed, for as many draws."""
     state = np.random.RandomState(seed & _SEED_MASK)
     _skip(state, skip)
-    moved: dict[int, int] = {}
-    places = []
-    for i, j in enumerate(_swaps(state, n, min(places_max, n - 1))):
-        places.append(moved.get(j, j))
-        moved[j] = moved.get(i, i)
-    return np.array(places, np.uint32)
+    return _taken(_swaps(state, n, min(places_max, n - 1)))
 
 
 def nth(orders: Iterator[Places], number: int) -> Places:
@@ -202,17 +197,32 @@ def nth(orders: Iterator[Places], number: int) -> Places:
 def _randperm(state: np.random.RandomState, n: int) -> Places:
     """Return torch.randperm(n): Fisher and Yates from the front, a 32-bit draw for each place."""
     assert n < PLACES_MAX, n
-    listed = list(range(n))
-    for i, j in enumerate(_swaps(state, n, max(0, n - 1))):
-        listed[i], listed[j] = listed[j], listed[i]
-    return np.array(listed, np.uint32)
+    return _taken(np.append(_swaps(state, n, max(0, n - 1)), n - 1))
 
 
-def _swaps(state: np.random.RandomState, n: int, count: int) -> list[int]:
+def _swaps(state: np.random.RandomState, n: int, count: int) -> NDArray[np.int64]:
     """Return with which place each of the first *count* is swapped."""
     steps = np.arange(count)
-    swaps: list[int] = (steps + _draws(state, count) % (n - steps)).tolist()
-    return swaps
+    return steps + _draws(state, count) % (n - steps)
+
+
+def _taken(swaps: NDArray[np.int64]) -> Places:
+    """Return what each step finds at place swaps[i] >= i, where it then puts what was at place i.
+
+    Step i finds what the last step before it that went to the same place has put there, else what
+    was there from the start. What step i puts is i, or what the last step put that went to place i.
+    """
+    steps = np.arange(len(swaps))
+    by_place = np.argsort(swaps, kind="stable")
+    again = np.flatnonzero(swaps[by_place[1:]] == swaps[by_place[:-1]])
+    puts = steps.copy()
+    ahead = np.flatnonzero((swaps < len(swaps)) & (swaps != steps))
+    puts[swaps[ahead]] = ahead  # Of several the last one counts.
+    while not np.array_equal(puts, further := puts[puts]):
+        puts = further
+    taken = swaps.copy()
+    taken[by_place[again + 1]] = puts[by_place[again]]
+    return taken.astype(np.uint32)
 
 
 def _draws(state: np.random.RandomState, count: int) -> Words:

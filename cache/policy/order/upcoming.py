@@ -69,6 +69,8 @@ class OrderedUpcoming:
         self._get_paths = get_paths
         self._search = search
         self._fallback = fallback
+        self.name = "unknown"  # As `sluice status` shows it.
+        self.is_known = False
         self._order: Order | None = None
         self._opened: list[int] = []
         self._finder: Finder | None = Finder(count, get_paths)
@@ -77,14 +79,6 @@ class OrderedUpcoming:
         self._next: deque[int] = deque()
         self._ahead: set[int] = set()
         self._is_exhausted = False  # Until the next use.
-
-    @property
-    def name(self) -> str:
-        return "unknown" if self._order is None else self._order.name
-
-    @property
-    def is_known(self) -> bool:
-        return self._order is not None
 
     def tell(self, make: Callable[[], Order | None]) -> None:
         """Believe what *make* returns (made elsewhere) from now on, rather than what is found."""
@@ -108,10 +102,10 @@ class OrderedUpcoming:
     def epoch_began(self, epoch: int) -> None:
         """Another pass has begun. Its order is expected to follow from the last one's."""
         self._fallback.epoch_began(epoch)
-        order, self._order = self._order, None
+        order = self._order
+        self._believe(None)
         self._passes += 1
         self._opened = []
-        self._forget_next()
         expected = order.spec.successors() if order is not None and order.spec is not None else []
         self._finder = Finder(self._count, self._get_paths, expected)
         self._is_searching = False
@@ -164,10 +158,8 @@ class OrderedUpcoming:
                 return
             self._is_searching = False
             if order is not None:
-                for place in self._opened:  # Those it knows count once.
-                    order.following.note_open(place)
-                self._order = order
-                self._forget_next()
+                order.following.catch_up(self._opened)
+                self._believe(order)
 
         self._search(work, then)
 
@@ -176,10 +168,12 @@ class OrderedUpcoming:
         spec = None if self._order is None else self._order.spec
         if self._finder is not None and not self._finder.expects(spec):
             self._finder = None
-        self._order = None
-        self._forget_next()
+        self._believe(None)
 
-    def _forget_next(self) -> None:
+    def _believe(self, order: Order | None) -> None:
+        self._order = order
+        self.name = "unknown" if order is None else order.name
+        self.is_known = order is not None
         self._next.clear()
         self._is_exhausted = False
 
