@@ -15,7 +15,7 @@ from cache.mover import Mover
 from cache.recorder import Recorder
 from cache.records import Node, VersionRow
 
-Progress = Callable[[dict[str, Any]], Awaitable[None]]
+Progress = Callable[[dict[str, Any]], Awaitable[bool]]  # Returns whether the command still listens.
 
 _LS_LIMIT_MAX = 100_000
 _TRACE_S_MAX = 7 * 86400.0
@@ -220,23 +220,23 @@ class Admin:
         return {"count": count, "keys": [{"key": os.fsdecode(hid.key), "reason": hid.reason} for hid in keys]}
 
     async def _trace(self, seconds: float, progress: Progress) -> dict[str, Any]:
-        """Record for so long. A command that went away is recorded for until then; what for is lost."""
+        """Record for so long, or until the command goes away."""
         recorder = Recorder(self._mover.index, time.time())
         self._mover.recorders.append(recorder)
         try:
             with trio.move_on_after(seconds):
-                while True:
-                    await trio.sleep(min(1.0, seconds))
-                    await self._send_uses(recorder, progress)
+                while await self._send_uses(recorder, progress):  # At once: it says that this has begun.
+                    await trio.sleep(1.0)
         finally:
             self._mover.recorders.remove(recorder)
         await self._send_uses(recorder, progress)
         return {"dropped": recorder.dropped}
 
-    async def _send_uses(self, recorder: Recorder, progress: Progress) -> None:
-        uses = recorder.take()
+    async def _send_uses(self, recorder: Recorder, progress: Progress) -> bool:
+        uses, is_heard = recorder.take(), True
         for start in range(0, len(uses) or 1, _TRACE_PART):  # An empty part says that the mount is there.
-            await progress({"uses": uses[start : start + _TRACE_PART]})
+            is_heard = await progress({"uses": uses[start : start + _TRACE_PART]})
+        return is_heard
 
     async def _drain(self, progress: Progress) -> dict[str, Any]:
         moved = 0

@@ -133,11 +133,15 @@ def _summary(hint: Hint, told: dict[str, Any]) -> str:
 
 
 def _complain(file: str, hint: Hint, told: dict[str, Any], useless: dict[str, int]) -> None:
-    if hint.count is not None and hint.sampler is None and hint.count != told["files"]:
-        useless = {**useless, f"of {hint.count:,} are there, as the first line says,": told["files"]}
+    said = []
     if useless:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in useless.items())
-        examples = "".join(f" ({printable(example)})" for example in told["examples"][:1])
-        print(f"sluice: {file}: lines of no use: {counts}{examples}", file=sys.stderr)
+        said += [
+            f"lines of no use: {counts}" + "".join(f" ({printable(one)})" for one in told["examples"][:1])
+        ]
+    if hint.count is not None and hint.sampler is None and hint.count != told["files"]:
+        said += [f"the first line says {hint.count:,} files, of use are {told['files']:,}"]
+    if said:
+        print(f"sluice: {file}: {'; '.join(said)}", file=sys.stderr)
     if not told["files"] and hint.sampler is None:
         raise SluiceError(f"{file}: nothing of it could be used")

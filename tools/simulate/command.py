@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.generate is not None:
         _generate(arguments.generate, arguments.trace)
         return 0
+    if not 0 <= arguments.latency < 3600:
+        raise UsageError(f"--latency {arguments.latency:g}: must be from 0 to 3600 seconds")
     lake = Lake(arguments.latency, _bandwidth_bytes(arguments.bandwidth))
     trace = read_trace(arguments.trace)
     _complain(trace, arguments.trace)

@@ -47,11 +47,13 @@ class TraceWriter:
         self._file = file
         self.uses = 0
         self._line({"sluice_trace": VERSION, "mountpoint": mountpoint, "started_s": started_s})
+        file.flush()
 
     def add(self, uses: Iterable[tuple[float, str, int]]) -> None:
         for use in uses:
             self._line(use)
             self.uses += 1
+        self._file.flush()  # A recording that is killed leaves what it had.
 
     def finish(self) -> None:
         self._line({"end": self.uses})
