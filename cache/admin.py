@@ -20,6 +20,7 @@ Progress = Callable[[dict[str, Any]], Awaitable[bool]]  # Returns whether the co
 _LS_LIMIT_MAX = 100_000
 _TRACE_S_MAX = 7 * 86400.0
 _TRACE_PART = 10_000
+_TRACE_EVERY_S = 1.0
 _RANKED = 100_000  # How deep the order of leaving is looked at.
 
 
@@ -225,8 +226,10 @@ class Admin:
         self._mover.recorders.append(recorder)
         try:
             with trio.move_on_after(seconds):
-                while await self._send_uses(recorder, progress):  # At once: it says that this has begun.
-                    await trio.sleep(1.0)
+                is_heard = await self._send_uses(recorder, progress)  # At once: this has begun.
+                while is_heard:
+                    await trio.sleep(_TRACE_EVERY_S)
+                    is_heard = await self._send_uses(recorder, progress)
         finally:
             self._mover.recorders.remove(recorder)
         await self._send_uses(recorder, progress)
