@@ -158,7 +158,8 @@ class Orders:
         self, work: Callable[[], Order | None], then: Callable[[Order | None], None]
     ) -> None:
         try:
-            order = await trio.to_thread.run_sync(work, limiter=self._one_thread, abandon_on_cancel=True)
+            # Not abandoned when the mover stops: it may be reading the index, which is closed next.
+            order = await trio.to_thread.run_sync(work, limiter=self._one_thread)
         except Exception:  # An order that can't be had costs speed only.
             log.exception("the search for the order of a set failed")
             order = None
