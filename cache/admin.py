@@ -7,15 +7,21 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import trio
+
 from cache.errors import SluiceError, UsageError
 from cache.model import ROOT_INODE, Inode
 from cache.mover import Mover
+from cache.recorder import Recorder
 from cache.records import Node, VersionRow
 from cache.write_admin import WriteAdmin
 
-Progress = Callable[[dict[str, Any]], Awaitable[None]]
+Progress = Callable[[dict[str, Any]], Awaitable[bool]]  # Returns whether the command still listens.
 
 _LS_LIMIT_MAX = 100_000
+_TRACE_S_MAX = 7 * 86400.0
+_TRACE_PART = 10_000
+_TRACE_EVERY_S = 1.0
 _RANKED = 100_000  # How deep the order of leaving is looked at.
 
 
@@ -40,6 +46,10 @@ class Admin:
                 return await self._evict(request["paths"], progress)
             case "hidden":
                 return self._hidden(int(request.get("limit", 1000)))
+            case "hint":
+                return await self._mover.orders.hint(request)
+            case "trace":
+                return await self._trace(min(float(request["seconds"]), _TRACE_S_MAX), progress)
             case "drain":
                 return await self._drain(progress)
             case "queue":
@@ -219,6 +229,27 @@ class Admin:
     def _hidden(self, limit: int) -> dict[str, Any]:
         count, keys = self._mover.index.hidden(limit)
         return {"count": count, "keys": [{"key": os.fsdecode(hid.key), "reason": hid.reason} for hid in keys]}
+
+    async def _trace(self, seconds: float, progress: Progress) -> dict[str, Any]:
+        """Record for so long, or until the command goes away."""
+        recorder = Recorder(self._mover.index, time.time())
+        self._mover.recorders.append(recorder)
+        try:
+            with trio.move_on_after(seconds):
+                is_heard = await self._send_uses(recorder, progress)  # At once: this has begun.
+                while is_heard:
+                    await trio.sleep(_TRACE_EVERY_S)
+                    is_heard = await self._send_uses(recorder, progress)
+        finally:
+            self._mover.recorders.remove(recorder)
+        await self._send_uses(recorder, progress)
+        return {"dropped": recorder.dropped}
+
+    async def _send_uses(self, recorder: Recorder, progress: Progress) -> bool:
+        uses, is_heard = recorder.take(), True
+        for start in range(0, len(uses) or 1, _TRACE_PART):  # An empty part says that the mount is there.
+            is_heard = await progress({"uses": uses[start : start + _TRACE_PART]})
+        return is_heard
 
     async def _drain(self, progress: Progress) -> dict[str, Any]:
         moved = 0

@@ -24,6 +24,12 @@ resolve {"paths": [...], "keep": "ours"|"theirs"}
 sync    {"paths": [...]}   -> with progress {"done", "total", "unit", "left": int, "trouble": str|null}:
                               {"receipts": [{"path", "key", "etag", "size", "checksum", "time" (unix)}],
                                "errors": [{"path", "error"}]}
+hint    {"directory": str, and one of
+         "sampler": {...}  -> the fields of `ToldSampler`, or in one or more requests
+         "paths": [...] | "indices": [...], "upload": str (the same for all parts), "last": bool}
+                           -> {"files": int, "missing": int, "examples": [str]}, of all parts so far
+trace   {"seconds": float} -> with progress: {"uses": [[milliseconds, item, bytes], ...]}, every second;
+                           {"dropped": int}
 drain   {}                 -> with progress: moves what DRAM holds to the NVMe tiers; {"bytes": int}
 """
 

@@ -105,6 +105,13 @@ class Index:
             packed = txn.get(inode_key(inode), db=self._nodes)
         return None if packed is None else decode_node(packed)
 
+    def nodes(self, inodes: Iterable[int]) -> Iterator[Node | None]:
+        """Yield the node of each. Holds a read transaction: finish it before long."""
+        with self.env.begin() as txn:
+            for inode in inodes:
+                packed = txn.get(inode_key(inode), db=self._nodes)
+                yield None if packed is None else decode_node(packed)
+
     def child(self, parent: int, name: bytes) -> tuple[Inode, Node] | None:
         with self.env.begin() as txn:
             packed = txn.get(child_key(parent, name), db=self._children)

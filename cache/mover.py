@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,12 +31,14 @@ from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
 from cache.model import MIB, Inode, ObjectVersion
+from cache.orders import Orders
 from cache.pending import PendingTable
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
+from cache.recorder import Recorder
 from cache.records import Node
 from cache.residency import Residency
 from cache.restore import restore
@@ -87,6 +89,7 @@ class Mover:
     residency: Residency
     fetcher: Fetcher
     lister: Lister
+    orders: Orders
     committer: Committer
     counters: Counters
     ahead: SetReadAhead | None  # None: --read-ahead says so.
@@ -94,6 +97,7 @@ class Mover:
     table: PendingTable
     write_path: WritePath | None = None  # Neither on a read-only mount.
     uploader: Uploader | None = None
+    recorders: list[Recorder] = field(default_factory=list)  # Of every request, while `sluice trace` runs.
 
     async def check_lake(self) -> None:
         """Raise what a mount would meet first: bucket, credentials, endpoint, TLS."""
@@ -104,6 +108,8 @@ class Mover:
 
         *id* names a Change: see `messages.Asked`.
         """
+        for recorder in self.recorders:
+            recorder.note(request, time.time())
         match request:
             case messages.Lookup(parent, name):
                 return Answer(0, value=int(await self.lister.lookup(Inode(parent), name)))
@@ -265,6 +271,7 @@ async def run_mover(
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send, table)
+            orders = Orders(nursery, index, lister)
             ahead: SetReadAhead | None = None
             if config.read_ahead == "set":
                 survey = Survey(index, lister)
@@ -279,6 +286,7 @@ async def run_mover(
                 residency,
                 fetcher,
                 lister,
+                orders,
                 committer,
                 shared.counters,
                 ahead,

@@ -141,11 +141,13 @@ async def _receive_line(stream: trio.SocketStream) -> bytes:
     return bytes(received)
 
 
-async def _reply(stream: trio.SocketStream, reply: dict[str, Any]) -> None:
+async def _reply(stream: trio.SocketStream, reply: dict[str, Any]) -> bool:
+    """Send; return whether there was somebody to send to: the command may have been interrupted."""
     try:
         await stream.send_all(json.dumps(reply).encode() + b"\n")
     except trio.BrokenResourceError:
-        pass  # The command was interrupted.
+        return False
+    return True
 
 
 def _is_allowed(stream: trio.SocketStream) -> bool:

@@ -12,7 +12,7 @@ from cache.errors import SluiceError, UsageError
 from cache.mover import Mover
 from cache.uploader import Uploader
 
-Progress = Callable[[dict[str, Any]], Awaitable[None]]
+Progress = Callable[[dict[str, Any]], Awaitable[object]]
 
 _TELL_EVERY_S = 1.0
 _FAILED = ("failed", "conflict")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,5 +65,29 @@ def test_the_options_in_the_text_exist() -> None:
     prose = README.partition(BEGIN)[0] + README.partition(END)[2].partition("## Beside others")[0]
     known = {f"--{option.name}" for option in OPTIONS}
     of_commands = {"--config", "--json", "--recursive", "--only", "--lazy", "--keep"}
+    of_commands |= {"--seconds", "--plot", "--size", "--latency", "--bandwidth", "--generate"}
     elsewhere = of_commands | {"--data", "--save-to"}  # Of a training script.
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | elsewhere
+
+
+def test_the_samplers_that_are_named_are_those_that_can_be_told() -> None:
+    from cache.policy.order.samplers import FAMILIES
+
+    section = README.partition("## The order of samples")[2].partition("\n## ")[0]
+    named = {name for name in FAMILIES if not name.startswith("webdataset")}
+    assert all(f"`{name}`" in section or f"sampler={name} " in section for name in named)
+
+
+def test_the_recipe_of_a_sampler_that_tells_its_order_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torch: the base class is only a name there."""
+    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    commands: list[list[str]] = []
+    torch = SimpleNamespace(utils=SimpleNamespace(data=SimpleNamespace(Sampler=object)))
+    names = {"pathlib": pathlib, "torch": torch, "subprocess": SimpleNamespace(run=commands.append)}
+    exec(compile(source, "README.md", "exec"), names)
+    told = names["Told"]([2, 0, 1], ["a", "b", "c"], str(tmp_path / "order"))  # type: ignore[operator]
+    assert list(told) == [2, 0, 1]
+    assert commands == [["sluice", "hint", str(tmp_path / "order")]]
+    assert (tmp_path / "order").read_text() == "c\na\nb"

@@ -32,6 +32,9 @@ COMMANDS = {
     "sync": Command("tools.sync", "[PATH…]", "wait until the lake has it; prints receipts"),
     "queue": Command("tools.upload_queue", "[DIR]", "what waits for the lake, what failed and why"),
     "evict": Command("tools.evict", "PATH…", "drop files from the cache"),
+    "hint": Command("tools.hint", "FILE [DIR]", "tell in which order samples will be read"),
+    "trace": Command("tools.trace", "DIR FILE", "record what is read"),
+    "simulate": Command("tools.simulate.command", "TRACE", "what other caches would have made of a trace"),
     "doctor": Command("tools.doctor", "[DIR]", "what this machine supports, and how to get the rest"),
     "bench": Command("tools.bench.__main__", "", "the benchmark suite"),
 }

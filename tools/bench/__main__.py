@@ -21,6 +21,7 @@ from tools.bench import (
     epoch_bytes,
     find,
     namespace_memory,
+    order_found,
     sequential,
     set_ahead,
     small_writes,
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Figure]]] = {
         sequential,
         find,
         namespace_memory,
+        order_found,
         checkpoint,
         small_writes,
     )

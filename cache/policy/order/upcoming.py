@@ -1,0 +1,210 @@
+"""A set's coming files: in the order that was told or found, and until then as somebody else says.
+
+This is an `Upcoming` as the read-ahead of sample sets asks for it: it hears of every first use of a
+member in an epoch and is asked which member to fetch next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from cache.policy.order.finder import OPENS_MAX, Finder
+from cache.policy.order.following import GRACE_TOLD, Following
+from cache.policy.order.listings import Listing, listings, make_listing
+from cache.policy.order.samplers import Places, distributed
+from cache.policy.order.spec import Spec
+from cache.policy.order.told import ToldSampler
+
+T = TypeVar("T")
+# Does the work elsewhere, then calls the second with its result where it was called itself.
+Search = Callable[[Callable[[], T], Callable[[T], None]], None]
+
+GRACE_NEXT = 32  # Opens before an order that follows from the last epoch's is doubted.
+_OPENS_KEPT_MAX = 4096  # Of an epoch, for an order that is found meanwhile.
+_BATCH = 64
+_AHEAD_MIN = 128  # Files fetched and not used yet; more where readers are far apart.
+
+
+class Fallback(Protocol):
+    """What is asked while no order is known."""
+
+    def used(self, place: int, now_s: float) -> None: ...
+
+    def epoch_began(self, epoch: int) -> None: ...
+
+    def next_place(self, status: bytearray, frontier: int | None) -> int | None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Order:
+    """An order that is believed: how far it is, what it is called, and what the next one follows from."""
+
+    following: Following
+    name: str
+    spec: Spec | None = None
+    listing: Listing | None = None
+    told: ToldSampler | None = None
+
+
+class OrderedUpcoming:
+    """For one set of *count* files, told by their place in listing order.
+
+    *get_paths* returns their paths below the set's directory; it is called where *search* works.
+    Invariant: at most one search is under way; its result counts for the epoch it began in only.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        get_paths: Callable[[], Sequence[bytes]],
+        search: Search[Order | None],
+        fallback: Fallback,
+    ) -> None:
+        self._count = count
+        self._get_paths = get_paths
+        self._search = search
+        self._fallback = fallback
+        self.name = "unknown"  # As `sluice status` shows it.
+        self.is_known = False
+        self._order: Order | None = None
+        self._opened: list[int] = []
+        self._finder: Finder | None = Finder(count, get_paths)
+        self._is_searching = False
+        self._passes = 0
+        self._next: deque[int] = deque()
+        self._ahead: set[int] = set()
+        self._is_exhausted = False  # Until the next use.
+
+    def tell(self, make: Callable[[], Order | None]) -> None:
+        """Believe what *make* returns (made elsewhere) from now on, rather than what is found."""
+        self._finder = None
+        self._start(make)
+
+    def used(self, place: int, now_s: float) -> None:
+        """A member was used for the first time in this epoch."""
+        self._fallback.used(place, now_s)
+        self._ahead.discard(place)
+        self._is_exhausted = False
+        if len(self._opened) < _OPENS_KEPT_MAX:
+            self._opened.append(place)
+        if self._order is not None:
+            self._order.following.note_open(place)
+            if not self._order.following.holds:
+                self._drop()
+        elif self._finder is not None and not self._is_searching:
+            self._find(self._finder)
+
+    def epoch_began(self, epoch: int) -> None:
+        """Another pass has begun. Its order is expected to follow from the last one's."""
+        self._fallback.epoch_began(epoch)
+        order = self._order
+        self._believe(None)
+        self._passes += 1
+        self._opened = []
+        expected = order.spec.successors() if order is not None and order.spec is not None else []
+        self._finder = Finder(self._count, self._get_paths, expected)
+        self._is_searching = False
+        if order is not None and expected:
+            self._start(lambda: succeed(order, expected[0]))
+
+    def next_place(self, status: bytearray, frontier: int | None) -> int | None:
+        """Return the place to fetch next, of those whose *status* is 0; None: nothing now."""
+        if self._order is None:
+            return self._fallback.next_place(status, frontier)
+        if not self._next and not self._is_exhausted:
+            self._refill(self._order.following, status)
+        while self._next:
+            place = self._next.popleft()
+            if status[place] == 0:
+                self._ahead.add(place)
+                return place
+        return None
+
+    def _refill(self, following: Following, status: bytearray) -> None:
+        ahead_max = _AHEAD_MIN + 2 * following.spread
+        if len(self._ahead) >= ahead_max:
+            self._ahead = following.still_due(self._ahead)
+        room = min(_BATCH, ahead_max - len(self._ahead))
+        if room > 0:
+            wanted = np.frombuffer(status, np.uint8) == 0
+            self._next.extend(following.upcoming(room, wanted))
+        self._is_exhausted = not self._next
+
+    def _find(self, finder: Finder) -> None:
+        opened = self._opened[:OPENS_MAX]
+        if not finder.wants_look(len(opened)):
+            return
+
+        def work() -> Order | None:
+            found = finder.find(opened)
+            if found is None:
+                return None
+            following = Following(found.files(), self._count, opened=opened, grace=0)
+            return Order(following, str(found.spec), found.spec, found.listing)
+
+        self._start(work)
+
+    def _start(self, work: Callable[[], Order | None]) -> None:
+        self._is_searching = True
+        began_in = self._passes
+
+        def then(order: Order | None) -> None:
+            if began_in != self._passes:
+                return
+            self._is_searching = False
+            if order is not None:
+                order.following.catch_up(self._opened)
+                self._believe(order)
+
+        self._search(work, then)
+
+    def _drop(self) -> None:
+        """Believe the order no more. One that was found is not looked for again in this epoch."""
+        spec = None if self._order is None else self._order.spec
+        if self._finder is not None and not self._finder.expects(spec):
+            self._finder = None
+        self._believe(None)
+
+    def _believe(self, order: Order | None) -> None:
+        self._order = order
+        self.name = "unknown" if order is None else order.name
+        self.is_known = order is not None
+        self._next.clear()
+        self._is_exhausted = False
+
+
+def succeed(order: Order, spec: Spec) -> Order:
+    """Return the order of the next epoch. Work: a few microseconds for each hundred files."""
+    assert order.listing is not None
+    files = order.listing.files[spec.order(len(order.listing))]
+    if order.told is not None:
+        files = _dealt(files, order.told)
+    following = order.following.then(files, grace=GRACE_NEXT)
+    return Order(following, str(spec), spec, order.listing, order.told)
+
+
+def order_of_places(places: Places, count: int, name: str = "told") -> Order:
+    """Return the order of exactly these places of a set of *count*."""
+    return Order(Following(places, count, grace=GRACE_TOLD), name)
+
+
+def order_of_sampler(told: ToldSampler, count: int, get_paths: Callable[[], Sequence[bytes]]) -> Order | None:
+    """Return the order that a sampler makes of a set of *count*; None if it has no such listing."""
+    listing = make_listing("names", np.arange(count, dtype=np.uint32), count)
+    if told.listing != "names":
+        known = {one.name: one for one in listings(count, get_paths, ())}
+        if told.listing not in known:
+            return None
+        listing = known[told.listing]
+    spec = Spec(told.family, told.seed, told.epoch, told.advance)
+    files = _dealt(listing.files[spec.order(len(listing))], told)
+    return Order(Following(files, count, grace=GRACE_TOLD), f"told: {spec}", spec, listing, told)
+
+
+def _dealt(files: Places, told: ToldSampler) -> Places:
+    return distributed(files, told.world, told.ranks, drop_last=told.drop_last)
