@@ -63,9 +63,9 @@ class RowChanges:
         for seq, row in self._table.of_inode(inode):
             if isinstance(row, Delete | Orphan):
                 continue
-            self._table.remove(self._w, seq)
             base = self._base_left_by(seq, row) or base
             gone += self._keys_left_by(seq, row)
+            self._take_back(seq, row)
         if node.etag and not node.staged:
             there = self._w.key_of(inode)
             gone += [there, *self.landings(there)]
@@ -94,7 +94,7 @@ class RowChanges:
                 return ANY_ETAG if is_running else ""
 
     def _keys_left_by(self, seq: int, row: Pending) -> list[bytes]:
-        """Return the keys that *row*, which is taken back, leaves something under."""
+        """Return the keys that *row*, which is taken back, leaves something under, but a move's source."""
         running = self._table.running.get(seq, ())
         match row:
             case Put():
@@ -103,7 +103,7 @@ class RowChanges:
                 return [] if row.state == CONFLICT else [*uploaded, *brought, *self._base_keys(row)]
             case Move():
                 at_target = [row.key] if row.replaces or row.copied else []
-                return [*running, row.source, *at_target]
+                return [*running[1:], *at_target]
             case Mark() if running or not row.is_new:
                 return [row.key]
         return []
@@ -124,26 +124,46 @@ class RowChanges:
                 continue
             if isinstance(row, Mark) and row.is_new and seq not in self._table.running:
                 has_marker = False
-            self._table.remove(self._w, seq)
             gone += self._keys_left_by(seq, row)
+            self._take_back(seq, row)
         if has_marker:
             there = self._w.key_of(inode) + b"/"
             gone += [there, *self.landings(there)]
         self._delete((one for one in gone if not has_successor or one != path + b"/"), 0)
 
-    def _delete(self, keys: Iterable[bytes], inode: int) -> None:
-        for key in dict.fromkeys(keys):
-            self._table.add(self._w, Delete(key, inode))
+    def _take_back(self, seq: int, row: Pending) -> None:
+        """Have the row undone. In the place of a move comes the Delete of its source: something new may
+        be waiting to be put there.
+        """
+        if isinstance(row, Move) and row.source != row.key:
+            self._table.replace(self._w, seq, Delete(row.source, row.inode))
+        else:
+            self._table.remove(self._w, seq)
 
-    def landings(self, key: bytes) -> Iterator[bytes]:
-        """Yield where moves of whole directories, under way or to come, bring *key*."""
-        moves = [keys for keys in self._table.running.values() if len(keys) == 2]
+    def _delete(self, keys: Iterable[bytes], inode: int) -> None:
+        """Have the lake lose *keys*, but those that something new is to be put under."""
+        for key in dict.fromkeys(keys):
+            if not any(self._brings(row, key) for _, row in self._table.touching(key)):
+                self._table.add(self._w, Delete(key, inode))
+
+    def _brings(self, row: Pending, key: bytes) -> bool:
+        return isinstance(row, Put | Mark | Move) and row.key == key
+
+    def landings(self, key: bytes, after: int = -1) -> Iterator[bytes]:
+        """Yield where moves of whole directories, under way or to come, bring *key*, one after the other.
+
+        *after*: the number of the operation that brings it to *key*.
+        """
+        moves = {seq: keys for seq, keys in self._table.running.items() if len(keys) == 2}
         for prefix in prefixes(key):
-            rows = (row for _, row in self._table.touching(prefix))
-            moves += [(row.source, row.key) for row in rows if isinstance(row, Move) and not row.copied]
-        for source, target in dict.fromkeys(moves):
-            if source.endswith(b"/") and key.startswith(source) and key != source:
-                yield target + key[len(source) :]
+            for seq, row in self._table.touching(prefix):
+                if isinstance(row, Move) and not row.copied:
+                    moves[seq] = (row.source, row.key)
+        for seq, (source, target) in sorted(moves.items()):
+            if seq > after and source.endswith(b"/") and key.startswith(source) and key != source:
+                landing = target + key[len(source) :]
+                yield landing
+                yield from self.landings(landing, seq)
 
     # What is written to
 
@@ -157,8 +177,8 @@ class RowChanges:
         for seq, row in self._table.of_inode(inode):
             if isinstance(row, Restate) or (isinstance(row, Move) and not row.copied):
                 base = self._base_left_by(seq, row) or base
-                gone += [*self._table.running.get(seq, ()), row.source] if isinstance(row, Move) else []
-                self._table.remove(self._w, seq)
+                gone += self._table.running.get(seq, ()) if isinstance(row, Move) else ()
+                self._take_back(seq, row)
         there = self._w.key_of(inode)
         self._delete((key for key in gone if key != path), 0)
         return base or self._base_of(node, there, path, is_brought=not was_to_move)
@@ -293,21 +313,22 @@ class RowChanges:
         """Have what the lake has of a directory moved.
 
         Returns the node's origin, and whether a move that comes after all that was to be done so
-        far carries its results along.
+        far carries its results along: from the old path, not from where a move further up begins.
         """
         moves = self._moves_of(inode)
         if not moves:
             if self._is_local(inode, node):
                 return b"", False
             origin = self._w.key_of(inode) + b"/"
-            return self._add_move(inode, node, origin, new, replaces=replaces), True
+            carried = origin == self._w.path_of(inode) + b"/"
+            return self._add_move(inode, node, origin, new, replaces=replaces), carried
         seq, row = moves[-1]
         if self._retarget_in_place(seq, row, new, replaces=replaces):
             if seq in self._table.rows:
                 self._delete_moved_along(row.source, new + b"/")
             return (node.origin if self._moves_of(inode) else b""), False
         self._table.add(self._w, replace(row, source=row.key, path=new, replaces=replaces))
-        return node.origin, True
+        return node.origin, row.path == self._w.path_of(inode)
 
     def _delete_moved_along(self, source: bytes, target: bytes) -> None:
         """A move that was to end elsewhere brings what was deleted of its source to *target* now."""

@@ -48,6 +48,19 @@ class Story:
             (path, digest(body)) for state in self.states for path, body in state.items() if body is not None
         }
 
+    def versions_anywhere(self) -> set[tuple[str, str]]:
+        """Return (path, digest) of each version of each file under each name that the file ever had.
+
+        After a power loss a file may have its last name and the content of an earlier fsync.
+        """
+        digests: dict[int, set[str]] = {}
+        paths: dict[int, set[str]] = {}
+        for state, files in zip(self.states, self._files, strict=True):
+            for path, file in files.items():
+                digests.setdefault(file, set()).add(digest(state[path] or b""))
+                paths.setdefault(file, set()).add(path)
+        return {(path, one) for file in paths for path in paths[file] for one in digests[file]}
+
     def empty_files(self) -> set[tuple[str, str]]:
         """Return (path, digest) of what a new file is before its first write, close or fsync."""
         return {(path, digest(b"")) for path, _ in self.versions()}

@@ -275,7 +275,8 @@ def test_https_to_a_plain_server_is_said_so(s3_server: SeaweedServer) -> None:
 @pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
 @pytest.mark.parametrize("body", [b"<!doctype html><p>Hello", b"<html><body>Hello</body></html>"])
 def test_a_server_that_is_no_s3_is_said_so(status: str, body: bytes) -> None:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: text/html\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with _Canned(head.encode() + body) as server:
         lake = S3Lake(LakeConfig("s3://bucket", endpoint_url=server.endpoint_url))
         assert "does not answer as S3 does" in failure(lake.check, LakeMisconfigured)
@@ -409,7 +410,7 @@ def test_a_lake_works_in_a_forked_child(lake: S3Lake, version: ObjectVersion) ->
 
 
 class _Canned:
-    """A server that gives the same bytes to every connection."""
+    """A server that gives the same bytes to every connection. They are to say "Connection: close"."""
 
     def __init__(self, reply: bytes) -> None:
         self._reply = reply
@@ -438,4 +439,3 @@ class _Canned:
                     asked += some
                 client.sendall(self._reply)
                 client.shutdown(socket.SHUT_WR)
-                client.recv(1 << 16)  # Until the client hung up: closing earlier may reset the connection.

@@ -144,6 +144,21 @@ async def test_a_name_that_was_freed_can_be_used_again_at_once(sending: Files) -
     assert await drained(sending) == START | {"top": b"new", "older": b"t"}
 
 
+async def test_a_backup_that_is_removed_takes_nothing_new_along(sending: Files) -> None:
+    """mv f f.bak, write f anew, rm f.bak; the same with a directory."""
+    await sending.rename("top", "top.bak")
+    await sending.create("top", b"new")
+    await sending.unlink("top.bak")
+    await sending.rename("data", "data.bak")
+    await sending.mkdir("data")
+    await sending.create("data/one", b"new 1")
+    for name in ("one", "two", "sub/three"):
+        await sending.unlink(f"data.bak/{name}")
+    await sending.rmdir("data.bak/sub")
+    await sending.rmdir("data.bak")
+    assert await drained(sending) == {"top": b"new", "data/one": b"new 1", "other/x": b"x"}
+
+
 async def test_a_deleted_name_can_be_taken_by_what_is_renamed(sending: Files) -> None:
     await sending.create("new", b"n")
     await sending.unlink("top")

@@ -228,7 +228,7 @@ def check_recovered(mount: LiveMount, folder: Folder, story: Story, told: list[T
         drain(mount)
         assert (fault := difference(found, observe(mount.directory))) == "", fault
         check_lake(found, view)
-        assert watch.torn(story.versions() | story.empty_files()) == set()
+        assert watch.torn(story.versions_anywhere() | story.empty_files()) == set()
     assert "Traceback" not in mount.log()
 
 

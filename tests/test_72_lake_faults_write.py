@@ -75,9 +75,9 @@ def test_of_a_lost_answer_the_server_did_what_it_was_asked_to(
     assert lossy.lost >= 2
 
 
-def perform(mount: LiveMount, story: Story, seed: int) -> None:
+def perform(mount: LiveMount, story: Story, seed: int, count: int) -> None:
     """Perform the story's script, whose changes are all to work."""
-    with running(mount.directory, seed, COUNT) as performed:
+    with running(mount.directory, seed, count) as performed:
         told = performed.finish()
     assert [line for line in told if line.event == "failed"] == []
     assert (fault := difference(story.states[-1], observe(mount.directory))) == "", fault
@@ -86,21 +86,21 @@ def perform(mount: LiveMount, story: Story, seed: int) -> None:
 # --- The lake ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["nothing", "a third of requests", "a fifth of answers"])
+@pytest.mark.parametrize("how", ["nothing", "a third of requests", "a third of answers"])
 def test_a_failing_lake_fails_no_change_and_gets_all_of_them(
     mounting: Mounting, prefix: Prefix, view: BucketView, proxy: SlowProxy, lossy: LossyProxy, how: str
 ) -> None:
-    story = Story(script(1, COUNT))
+    story = Story(script(1, 3 * COUNT))
     mount = mounting.mount(prefix.url, f"--endpoint-url={proxy.endpoint_url}", *OPTIONS, *IMPATIENT)
     with LakeWatch(view) as watch:
         proxy.faults = A_THIRD if how == "a third of requests" else Faults()
-        lossy.share = 0.2 if how == "a fifth of answers" else 0.0
-        perform(mount, story, seed=1)
+        lossy.share = 0.33 if how == "a third of answers" else 0.0
+        perform(mount, story, seed=1, count=3 * COUNT)
         drain(mount)
         check_lake(story.states[-1], view)
         assert watch.torn(story.versions()) == set()
-    assert (how == "a third of requests") == (sum(proxy.faults_dealt.values()) > 10)
-    assert (how == "a fifth of answers") == (lossy.lost > 3)
+    assert (how == "a third of requests") == (sum(proxy.faults_dealt.values()) > 0)
+    assert (how == "a third of answers") == (lossy.lost > 0)
     proxy.faults, lossy.share = Faults(), 0.0
     mount.remount()
     assert (fault := difference(story.states[-1], observe(mount.directory))) == "", fault
@@ -172,7 +172,7 @@ def test_of_a_large_file_only_the_parts_that_were_not_there_are_sent_again(
         prefix.url, *prefix.options, *OPTIONS, "--upload-bandwidth=24M", "--upload-threads=1"
     )
     (mount.directory / "large").write_bytes(body)
-    until(lambda: view.part_bytes() >= 16 * MIB, "a part has been sent")
+    until(lambda: view.part_bytes() >= 32 * MIB, "two parts have been sent")
     if who == "all":
         mount.kill_all()
     else:
