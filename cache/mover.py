@@ -38,6 +38,7 @@ from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
+from cache.policy.sets import ListingOrder
 from cache.recorder import Recorder
 from cache.records import Node
 from cache.residency import Residency
@@ -271,12 +272,19 @@ async def run_mover(
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send, table)
-            orders = Orders(nursery, index, lister)
+            orders = Orders(nursery, index, lister, ListingOrder)
             ahead: SetReadAhead | None = None
             if config.read_ahead == "set":
                 survey = Survey(index, lister)
                 ahead = SetReadAhead(
-                    nursery, lake_io, index, residency, fetcher, survey, config.fetch_threads
+                    nursery,
+                    lake_io,
+                    index,
+                    residency,
+                    fetcher,
+                    survey,
+                    config.fetch_threads,
+                    make_upcoming=orders.make_upcoming,
                 )
                 nursery.start_soon(ahead.run)
             mover = Mover(

@@ -141,13 +141,18 @@ class RowChanges:
             self._table.remove(self._w, seq)
 
     def _delete(self, keys: Iterable[bytes], inode: int) -> None:
-        """Have the lake lose *keys*, but those that something new is to be put under."""
+        """Have the lake lose *keys*. Where something new is to be put, that replaces what is there."""
         for key in dict.fromkeys(keys):
-            if not any(self._brings(row, key) for _, row in self._table.touching(key)):
+            brought = [
+                (seq, row)
+                for seq, row in self._table.touching(key)
+                if isinstance(row, Put | Mark | Move) and row.key == key
+            ]
+            for seq, row in brought:
+                if isinstance(row, Put) and row.state != CONFLICT:
+                    self._table.replace(self._w, seq, replace(row, base_etag=ANY_ETAG))
+            if not brought:
                 self._table.add(self._w, Delete(key, inode))
-
-    def _brings(self, row: Pending, key: bytes) -> bool:
-        return isinstance(row, Put | Mark | Move) and row.key == key
 
     def landings(self, key: bytes, after: int = -1) -> Iterator[bytes]:
         """Yield where moves of whole directories, under way or to come, bring *key*, one after the other.

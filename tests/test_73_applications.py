@@ -53,7 +53,7 @@ def run(*command: object, cwd: Path | None = None, environment: Mapping[str, str
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
