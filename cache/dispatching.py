@@ -40,7 +40,6 @@ from cache.pending import (
     PendingTable,
     Put,
     Restate,
-    touched_keys,
     upload_mark,
 )
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, Backoff, Quiet, Schedule, TokenBucket
@@ -164,7 +163,7 @@ class Dispatcher:
             or (isinstance(row, Put) and row.upload_key and row.state != CONFLICT)
         ]
         for seq in [seq for seq in begun if not self._table.blocked(seq)]:
-            self._table.running[seq] = touched_keys(self._table.rows[seq])
+            self._table.running.begin(seq, self._table.rows[seq])
 
     # Scheduling
 
@@ -209,7 +208,7 @@ class Dispatcher:
         self.blocked.discard(seq)
         if seq not in self.busy:
             # Removed while it paused after a failure: what took its place may go on.
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             abandoned = self._uploads.pop(seq, None)
             if abandoned is not None:
                 self._nursery.start_soon(self._abort, *abandoned)
@@ -376,7 +375,7 @@ class Dispatcher:
                     self.move_on()
                 elif self._is_due(seq):
                     batch.append(seq)
-                    self._table.running[seq] = touched_keys(self._table.rows[seq])
+                    self._table.running.begin(seq, self._table.rows[seq])
             if batch:
                 self.busy.update(batch)
                 self._active[lane] += 1
@@ -440,7 +439,7 @@ class Dispatcher:
             row, progress = self._table.rows.get(seq), self.progress.get(seq)
             stays = isinstance(row, Put | Mark | Move) and progress is not None and progress.attempts > 0
             if not stays or (isinstance(row, Put) and not row.upload_key):
-                self._table.running.pop(seq, None)
+                self._table.running.end(seq)
             if row is None:
                 self._forget(seq)
             else:
