@@ -45,14 +45,19 @@ _obstore_pid: int | None = None
 
 @dataclass(frozen=True, slots=True)
 class ByteStore:
-    """*get*: `obstore.get`. *store*: its S3Store for the bucket."""
+    """*get*, *put*: `obstore.get`, `obstore.put`. *store*: its S3Store for the bucket.
+
+    *signs*: each body's SHA-256 is part of the signature, so the server checks what arrives.
+    """
 
     get: Any
+    put: Any
     store: Any
+    signs: bool
 
 
 class Connection:
-    """The clients of one process. *client* is boto3's; `byte_store()` is for GETs alone."""
+    """The clients of one process. *client* is boto3's; `byte_store()` carries the bytes of whole requests."""
 
     def __init__(self, config: LakeConfig, bucket: str, *, use_obstore: bool = True) -> None:
         """Make clients that agree on credentials, region, endpoint and style of address.
@@ -123,7 +128,7 @@ class Connection:
             _log.warning("obstore is not used: %s; reading through boto3, slower", error)
             return None
         _obstore_pid = os.getpid()
-        return ByteStore(obstore.get, store)
+        return ByteStore(obstore.get, obstore.put, store, not self._config.anonymous)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -234,6 +239,7 @@ def _obstore_address(client: Any, config: LakeConfig, bucket: str) -> dict[str, 
         "aws_endpoint_url_s3": endpoint,
         "region": client.meta.region_name,
         "virtual_hosted_style_request": virtual,
+        "aws_conditional_put": "etag",
     }
 
 
