@@ -91,9 +91,11 @@ def _unpacked(settings: Settings, endpoint: lakes.Endpoint, archive: Path, count
 
 
 def _uploaded(settings: Settings, endpoint: lakes.Endpoint, path: Path, keys: list[str]) -> Figure:
-    def ours(_: int) -> float:
+    def ours(number: int) -> float:
         with settings.mounted(endpoint, ["--upload-delay=600"], writable=True) as mount:
-            create_s(mount.directory, keys)
+            root = mount.directory / f"round{number}"
+            root.mkdir()
+            create_s(root, keys)
             started_s = time.monotonic()
             subprocess.run([sluice_command(), "sync", "--quiet", str(mount.directory)], check=True)
             return len(keys) / (time.monotonic() - started_s)
