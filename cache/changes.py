@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _ANSWERS_MAX = 4096  # Between a change and its second coming there are fewer others.
 _BUDGET_EVERY_S = 0.2
+_ASK_AGAIN_S = 300.0  # So long AwaitRoom is answered after at the latest: far less than a worker waits.
 _METADATA_BYTES = 1500  # S3 takes 2 KB of metadata, some of which says mode, owner, times and checksum.
 
 
@@ -191,14 +192,18 @@ class Changes:
         """
         self._check()
         number = await self._copy_up.stage(inode, keep_bytes)
-        if any(isinstance(row, Put) and row.state == SEALED for _, row in self._table.of_inode(inode)):
-            await self._committer.commit(lambda w: self._reopen(w, inode))
+        rows = [row for _, row in self._table.of_inode(inode) if isinstance(row, Put)]
+        if any(_reopened(row, keep_bytes) != row for row in rows):
+            await self._committer.commit(lambda w: self._reopen(w, inode, keep_bytes))
+        if any(0 <= keep_bytes < row.synced_bytes for row in rows):
+            # Before it is written to: else a power loss would leave new bytes at the old length.
+            await self._keeper.settled()
         return number
 
-    def _reopen(self, w: IndexWriter, inode: int) -> None:
+    def _reopen(self, w: IndexWriter, inode: int, keep_bytes: int) -> None:
         for seq, row in self._table.of_inode(inode):
-            if isinstance(row, Put) and row.state == SEALED and row.staged:
-                self._table.replace(w, seq, replace(row, state=OPEN, size_bytes=-1))
+            if isinstance(row, Put) and (reopened := _reopened(row, keep_bytes)) != row:
+                self._table.replace(w, seq, reopened)
 
     async def closed(self, inode: int) -> None:
         """The last handle for writing is gone, or the last at all: seal the file, or let it go."""
@@ -207,18 +212,32 @@ class Changes:
             return
         if self._index.is_detached(inode):
             await self._let_go(inode)
-        elif self._opens is None or not self._opens.state(inode).may_be_written:
+        else:
             await self._committer.commit(lambda w: self._seal(w, inode))
             self._sender.wake()
 
     def _seal(self, w: IndexWriter, inode: int) -> None:
+        """Seal the file unless somebody may write to it.
+
+        Who opens it later is counted before he asks for its staging file, and finds it sealed then.
+        """
+        if self._opens is None:
+            self._seal_unwritten(w, inode)
+            return
+        with self._opens.held(inode) as held:
+            if not held.state.may_be_written:
+                self._seal_unwritten(w, inode)
+
+    def _seal_unwritten(self, w: IndexWriter, inode: int) -> None:
         node = w.node(inode)
         for seq, row in self._table.of_inode(inode):
-            if node is not None and isinstance(row, Put) and row.state == OPEN:
-                stat = self._staging.stat(row.staged)
-                size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
-                w.put_node(inode, replace(node, size_bytes=size_bytes, mtime_ns=mtime_ns))
-                sealed = replace(row, state=SEALED, size_bytes=size_bytes, mtime_ns=mtime_ns)
+            if node is None or not isinstance(row, Put) or not row.staged:
+                continue
+            stat = self._staging.stat(row.staged)
+            state = SEALED if row.state == OPEN else row.state
+            sealed = replace(row, state=state, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+            if sealed != row:
+                w.put_node(inode, replace(node, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns))
                 self._table.replace(w, seq, replace(sealed, sealed_at_s=time.time()))
 
     async def _let_go(self, inode: int) -> None:
@@ -258,11 +277,15 @@ class Changes:
     # Dirty bytes
 
     async def await_room(self) -> None:
-        """Return when there are fewer dirty bytes than there may be. Raises MountReadOnly."""
-        while self._sender.dirty_bytes >= self._dirty_bytes_max:
-            if self._keeper.failed:
-                raise MountReadOnly(self._keeper.read_only_because)
-            await self._room.wait()
+        """Return when there are fewer dirty bytes than there may be, or it is time to ask again.
+
+        A worker takes a mover that is silent for too long for dead. Raises MountReadOnly.
+        """
+        with trio.move_on_after(_ASK_AGAIN_S):
+            while self._sender.dirty_bytes >= self._dirty_bytes_max:
+                if self._keeper.failed:
+                    raise MountReadOnly(self._keeper.read_only_because)
+                await self._room.wait()
 
     async def run(self) -> None:
         """Tell the workers how much they may write, for ever."""
@@ -288,6 +311,17 @@ class Changes:
             )
         else:
             log.info("writers go on: fewer bytes than --dirty-max wait for their upload")
+
+
+def _reopened(row: Put, keep_bytes: int) -> Put:
+    """Return the row of a file that is about to be written to, once it is cut to *keep_bytes* (-1: it
+    is not). Of what is cut off nothing is durable any more; an empty file says nothing of what follows.
+    """
+    if row.state == SEALED and row.staged:
+        row = replace(row, state=OPEN, size_bytes=-1)
+    if 0 <= keep_bytes < row.synced_bytes:
+        row = replace(row, synced_bytes=keep_bytes or -1)
+    return row
 
 
 def _unpack(packed: bytes) -> Answer:

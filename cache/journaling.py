@@ -134,8 +134,11 @@ class JournalKeeper:
     def finish(self) -> None:
         """Write what is left, blocking: for the mover's end, once `run` is over. Logs a failure."""
         rest, self._table.unjournaled = self._table.unjournaled, {}
-        sealed = (self._standing(row) for row in self._unsealed.values())
-        rows = dict(standing for standing in sealed if standing is not None) | rest
+        if self._is_mendable:
+            sealed = (self._standing(row) for row in self._unsealed.values())
+            rows = dict(standing for standing in sealed if standing is not None) | rest
+        else:
+            rows = self._durable_rows(rest, {})
         rows |= {orphan_seq(number): Orphan(0, number) for number in self._discarded}
         try:
             if rows:

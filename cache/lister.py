@@ -33,6 +33,7 @@ _WALK_MEMORY_S = 30.0  # A child listed within so long of its parent's listing m
 _WALK_DIRECTORIES_MAX = 4096  # So many directories are remembered for it.
 _SMALL_PAGES = 2  # A directory of so few pages is listed again rather than asked for single keys.
 _PAUSE_S = 10.0  # So long a listing waits after its first page for somebody who wants the rest.
+_GHOST_PAGES_MAX = 8  # Of more keys that are all yet to go, nobody looks for one that stays.
 _LOOKUPS_BEFORE_LISTING = 8  # Single keys asked for in a directory whose first page was not all.
 
 
@@ -173,6 +174,8 @@ class Lister:
         asked_at_s = time.time()
         with self._overlay(parent) as (overlay, prefix):
             found = await self._ask_for_key(os.fsdecode(prefix) + part)
+            if found.is_directory and await self._is_ghost(parent, f"{found.key}/", overlay):
+                found.is_directory = False
 
             def apply(w: IndexWriter) -> None:
                 if overlay.settle(w) and not overlay.leaves_alone(name):
@@ -218,6 +221,40 @@ class Lister:
         with self._pending.watch(prefix, path_prefix) as watch:
             yield Overlay(self._pending, watch, inode, prefix), prefix
 
+    async def _without_ghosts(self, inode: Inode, page: ListPage, overlay: Overlay) -> ListPage:
+        """Return *page* without the directories of which the mount shows nothing. Raises LakeError."""
+        shown = []
+        for prefix in page.prefixes:
+            if not await self._is_ghost(inode, prefix, overlay):
+                shown.append(prefix)
+        return ListPage(page.objects, shown, page.next_token)
+
+    async def _is_ghost(self, parent: Inode, prefix: str, overlay: Overlay) -> bool:
+        """Return whether *prefix*, one of the lake's below *parent*, is a directory that was removed or
+        moved away, with nothing below it but keys that are yet to go. Raises LakeError.
+        """
+        name = os.fsencode(prefix[:-1].rpartition("/")[2])
+        if self._index.child(parent, name) is not None or not overlay.may_hide_all_below(name):
+            return False
+        token: str | None = None
+        for _ in range(_GHOST_PAGES_MAX):
+            with self._pending.watch(os.fsencode(prefix)) as watch:
+                page = await self._lake.list_page(prefix, token, delimiter=False)
+                if not overlay.settle(self._index):
+                    return False  # The listing is stale: it is thrown away.
+                touched = watch.names | watch.above
+                if any(self._is_shown(info.version.key, prefix, overlay, touched) for info in page.objects):
+                    return False
+            token = page.next_token
+            if token is None:
+                break
+        return True
+
+    def _is_shown(self, key: str, prefix: str, overlay: Overlay, touched: set[bytes]) -> bool:
+        """*touched*: what operations touched below *prefix* since it was listed: that may be gone."""
+        part = os.fsencode(key[len(prefix) :].partition("/")[0])
+        return part not in touched and not overlay.hides(os.fsencode(key))
+
     def _is_listed(self, inode: Inode) -> bool:
         state = self._index.directory(inode)
         return state is not None and self._freshness.is_fresh(state.listed_at_s, time.time())
@@ -253,17 +290,19 @@ class Lister:
         while not is_listed:
             with self._overlay(inode) as (overlay, prefix):
                 listing = ListingInProgress(inode, os.fsdecode(prefix), overlay, time.time())
-                await self._list_below(os.fsdecode(prefix), listing, flight)
+                await self._list_below(os.fsdecode(prefix), listing, overlay, flight)
             await self._tell(listing.changed)
             is_listed = not listing.is_stale
 
-    async def _list_below(self, prefix: str, listing: ListingInProgress, flight: ListFlight) -> None:
-        page = await self._lake.list_page(prefix, None)
+    async def _list_below(
+        self, prefix: str, listing: ListingInProgress, overlay: Overlay, flight: ListFlight
+    ) -> None:
+        page = await self._without_ghosts(listing.inode, await self._lake.list_page(prefix, None), overlay)
         while page.next_token is not None:
             following = await self._apply_and_get_next(listing, page, prefix, flight)
             if following is None or listing.is_stale:
                 return
-            page = following
+            page = await self._without_ghosts(listing.inode, following, overlay)
         await self._committer.commit(lambda w: listing.apply(w, page))
         await self._committer.commit(lambda w: listing.finish(w, time.time()))
         flight.finished = not listing.is_stale

@@ -186,7 +186,7 @@ class Sync(msgspec.Struct, tag=20, array_like=True):
 
 
 class AwaitRoom(msgspec.Struct, tag=21, array_like=True):
-    """Answered when the dirty bytes are below --dirty-max again."""
+    """Answered when the dirty bytes are below --dirty-max again, or after minutes: ask again then."""
 
 
 Change = (

@@ -313,6 +313,8 @@ async def run_mover(
             nursery.cancel_scope.cancel()
         residency.save_usage()
         committer.flush()
+        if mover.write_path is not None:
+            mover.write_path.finish()
         index.env.sync(True)
     finally:
         lake_engine.stop()

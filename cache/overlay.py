@@ -5,7 +5,8 @@ A listing of the lake is laid under it:
 1. What is deleted or moved away is not shown, whether its row is pending (`hides`) or was finished
    after the listing began (`leaves_alone`: of such names the index knows better).
 2. What was made or changed here stays as it is (`is_local`).
-3. A directory that was moved itself since the listing began is listed anew (`settle`).
+3. A directory that the mount does not have is not shown for keys below it that are all hidden.
+4. A directory that was moved itself since the listing began is listed anew (`settle`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import stat
 
 import msgspec
 
-from cache.index import IndexWriter
+from cache.index import Index, IndexWriter
 from cache.pending import KeyWatch, Move, Pending, PendingTable, Restate
 from cache.records import Node
 
@@ -51,7 +52,7 @@ class Overlay:
         self._through = b""
         self._is_empty = True
 
-    def settle(self, w: IndexWriter) -> bool:
+    def settle(self, w: Index | IndexWriter) -> bool:
         """Look where the directory is now; return False if it is no longer where it was listed.
 
         To be called first in each transaction. Raises CacheError if it is gone for good.
@@ -75,6 +76,13 @@ class Overlay:
     def hides(self, key: bytes) -> bool:
         """Return whether *key* (a directory's ends in "/") is deleted or moved away already."""
         return not self._is_empty and self._table.hides(key, through=self._through)
+
+    def may_hide_all_below(self, name: bytes) -> bool:
+        """Return whether what the lake has below the directory *name* may be all hidden: operations
+        touch something there, or have since the lake was asked.
+        """
+        prefix = self._prefix + name + b"/"
+        return self.may_come_later(name) or self._table.touched_after(-1, prefix)
 
     def is_local(self, node: Node) -> bool:
         """Return whether what the lake lists, or lacks, under the node's name changes nothing."""

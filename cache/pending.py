@@ -15,7 +15,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -220,34 +220,31 @@ class KeyWatch:
                 self.moved = True
 
 
-class Running(Mapping[int, tuple[bytes, ...]]):
+class Running(dict[int, tuple[bytes, ...]]):
     """The keys of the operations that are under way, as they were when each began.
 
-    An operation stays until `end`, also when its row was changed or removed meanwhile.
+    An operation stays until `end`, also when its row was changed or removed meanwhile. Only `begin`
+    and `end` change it.
     """
 
     def __init__(self) -> None:
-        self._begun: dict[int, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}
+        super().__init__()
+        self._trees: dict[int, tuple[bytes, ...]] = {}
         self._claims = Claims()
-
-    def __getitem__(self, seq: int) -> tuple[bytes, ...]:
-        return self._begun[seq][0]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._begun)
-
-    def __len__(self) -> int:
-        return len(self._begun)
+        self.pairs: dict[int, tuple[bytes, ...]] = {}  # Of those with two keys: moves, renamed uploads.
 
     def begin(self, seq: int, row: Pending) -> None:
         self.end(seq)
-        self._begun[seq] = keys, trees = touched_keys(row), touched_trees(row)
-        self._claims.add(seq, keys, trees)
+        self[seq], self._trees[seq] = touched_keys(row), touched_trees(row)
+        self._claims.add(seq, self[seq], self._trees[seq])
+        if len(self[seq]) == 2:
+            self.pairs[seq] = self[seq]
 
     def end(self, seq: int) -> None:
         """It is known how it ended, if it was under way."""
-        if seq in self._begun:
-            self._claims.discard(seq, *self._begun.pop(seq))
+        if seq in self:
+            self._claims.discard(seq, self.pop(seq), self._trees.pop(seq))
+            self.pairs.pop(seq, None)
 
     def on(self, key: bytes, *, whole_tree: bool) -> Iterator[int]:
         return self._claims.on(key, whole_tree=whole_tree)

@@ -15,6 +15,9 @@ as they lack bytes that were never synced, and the namespace is rebuilt around t
 | none | hard-linked into objects/, or empty | goes |
 | none | there | to lost+found |
 
+Where the index was lost without a power loss, since it was corrupt, all bytes of staging files are
+there: what the journal has as OPEN is sealed at its full length, fsynced or not.
+
 Killed anywhere and run again, it ends the same: mending a file changes nothing the second time;
 the index takes mark, rows and nodes in one transaction; the rest follows from what it says then.
 With a trusted index, files that no row names were taken from their rows on purpose, or were being
@@ -70,16 +73,23 @@ class Recovered:
 
 
 def recover(
-    index: Index, journal: Journal, staging: StagingFiles, table: PendingTable, *, first: bool
+    index: Index,
+    journal: Journal,
+    staging: StagingFiles,
+    table: PendingTable,
+    *,
+    first: bool,
+    is_intact: bool = False,
 ) -> Recovered:
     """Make all agree and load *table*. Blocks. Raises CacheError, StagingFull, UsageError.
 
-    *first*: the mount is not there yet, so nobody has a file open.
+    *first*: the mount is not there yet, so nobody has a file open. *is_intact*: no power loss since
+    the staging files were written: an index that was lost was corrupt, or removed.
     """
     staging.prepare()
     recovered = Recovered(index_was_lost=index.meta(_MARK) is None)
     if recovered.index_was_lost:
-        rows = _rebuild(index, _mended(journal.rows(), staging), staging)
+        rows = _rebuild(index, _mended(journal.rows(), staging, is_intact=is_intact), staging)
     else:
         rows = {seq: decode_pending(packed) for seq, packed in index.pending_rows()}
         if first:
@@ -165,7 +175,7 @@ def _keep_lost(number: int, path: bytes, staging: StagingFiles) -> None:
 # After the index was lost: the journal's rows and the staging files
 
 
-def _mended(rows: Rows, staging: StagingFiles) -> Rows:
+def _mended(rows: Rows, staging: StagingFiles, *, is_intact: bool) -> Rows:
     """Return the rows that stand, and have the staging files as these say."""
     rows = _drop_orphans(rows, staging)
     there, lost = set(staging.numbers()), staging.lost_numbers()
@@ -173,7 +183,7 @@ def _mended(rows: Rows, staging: StagingFiles) -> Rows:
     for seq, row in rows.items():
         if isinstance(row, Put) and row.staged:
             if row.staged in there:
-                mended = _mended_put(row, staging)
+                mended = _sized_put(row, staging) if is_intact else _mended_put(row, staging)
                 if mended is None:
                     continue
                 kept[seq] = mended
@@ -185,6 +195,21 @@ def _mended(rows: Rows, staging: StagingFiles) -> Rows:
         if not _is_disposable(number, staging):
             _keep_lost(number, b"", staging)
     return kept
+
+
+def _sized_put(row: Put, staging: StagingFiles) -> Put:
+    """Return the row as closing the file would have left it: all its bytes are there."""
+    status = staging.stat(row.staged)
+    if row.state != OPEN and status.st_size == row.size_bytes:
+        return row
+    state = SEALED if row.state == OPEN else row.state
+    return replace(
+        row,
+        state=state,
+        size_bytes=status.st_size,
+        sealed_at_s=time.time(),
+        mtime_ns=status.st_mtime_ns,
+    )
 
 
 def _mended_put(row: Put, staging: StagingFiles) -> Put | None:

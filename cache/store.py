@@ -16,6 +16,7 @@ from cache.errors import CacheError, UsageError
 from cache.index import remove_index
 
 FORMAT = "sluicefs-cache 1"
+_POWER_LOST = "power-lost"  # A file, there from a power loss until its recovery was finished.
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,7 +42,8 @@ class CacheStore:
 def open_store(config: MountConfig) -> CacheStore:
     """Lock and check all cache directories; make them where they are missing.
 
-    The index is removed when the machine stopped without a clean unmount: it was never synced.
+    The index is removed when the machine stopped without a clean unmount: it was never synced. Until
+    `forget_power_loss` the directory says so, in whatever boot it is recovered.
     Raises UsageError with the option, the directory and the mend.
     """
     fds: list[int] = []
@@ -69,6 +71,29 @@ def read_store_id(directory: Path) -> str:
 def boot_id() -> str:
     """Return the kernel's id of this boot (proc(5): random/boot_id)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def kept_all_bytes(directory: Path) -> bool:
+    """Return whether what was written to files of *directory* is there, synced or not.
+
+    So it is until the machine stops, and after a clean unmount; not known where no store was opened.
+    """
+    try:
+        is_this_boot = (directory / "boot").read_text() == boot_id()
+        return is_this_boot and not (directory / _POWER_LOST).exists()
+    except OSError:
+        return False
+
+
+def forget_power_loss(directory: Path) -> None:
+    """Note that *directory* was recovered after a power loss. Raises CacheError."""
+    try:
+        (directory / _POWER_LOST).unlink()
+        _sync_directory(directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CacheError(f"{directory / _POWER_LOST}: {error.strerror}") from error
 
 
 def _lock(directory: Path) -> int:
@@ -146,6 +171,7 @@ def _distrust_after_crash(directory: Path) -> None:
     try:
         same_boot = boot.exists() and boot.read_text() == boot_id()
         if not clean.exists() and not same_boot:
+            _write_synced(directory / _POWER_LOST, "")
             remove_index(directory)
         if not same_boot:
             _write_synced(boot, boot_id())

@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from cache.committer import Committer
-from cache.dispatching import Dispatcher, Progress, RefreshEntry, UploadConfig
+from cache.dispatching import Dispatcher, RefreshEntry
 from cache.errors import LakeError, NameMissing, ObjectMissing
 from cache.index import Index, IndexWriter
 from cache.journaling import JournalKeeper
@@ -33,6 +33,7 @@ from cache.pending import (
     Put,
     path_of,
 )
+from cache.planning import Progress, UploadConfig
 from cache.residency import Residency
 from cache.staging import StagingFiles
 from cache.uploading import Receipt
@@ -96,13 +97,13 @@ class Uploader:
     @property
     def dirty_bytes(self) -> int:
         """The bytes in staging files that the lake has not."""
-        return self._dispatcher.dirty_bytes
+        return self._dispatcher.plans.dirty_bytes
 
     # Waiting
 
     async def wait_for(self, inode: int) -> None:
         """Return when the lake has the file as it is now. Raises LakeError where it won't, for now."""
-        urgent = self._dispatcher.urgent
+        urgent = self._dispatcher.plans.urgent
         urgent[inode] += 1
         self._dispatcher.look_again(seq for seq, _ in self._table.of_inode(inode))
         try:
@@ -127,7 +128,7 @@ class Uploader:
                 continue
             if row.state == CONFLICT:
                 raise LakeError(f"conflict: {row.error}")
-            progress = self._dispatcher.progress.get(seq)
+            progress = self._dispatcher.plans.progress.get(seq)
             if progress is not None and progress.refused:
                 raise LakeError(progress.error)
             return progress is None or not (progress.is_idle or progress.uploaded_ns >= asked_ns)
@@ -140,15 +141,15 @@ class Uploader:
         what is at or below this path is waited for.
         """
         dispatcher = self._dispatcher
-        dispatcher.hurries += 1
+        dispatcher.plans.hurries += 1
         try:
             dispatcher.look_again(self._table.rows)
             while left := self._count_left(below):
                 if on_progress is not None:
-                    on_progress(left, dispatcher.dirty_bytes)
+                    on_progress(left, dispatcher.plans.dirty_bytes)
                 await self._recount_pause(dispatcher.moved_on)
         finally:
-            dispatcher.hurries -= 1
+            dispatcher.plans.hurries -= 1
 
     def _count_left(self, below: bytes) -> int:
         started_s = time.monotonic()
@@ -172,7 +173,7 @@ class Uploader:
         ]
 
     def _described(self, seq: int, row: Pending) -> dict[str, object]:
-        progress = self._dispatcher.progress.get(seq) or Progress(time.time(), time.time())
+        progress = self._dispatcher.plans.progress.get(seq) or Progress(time.time(), time.time())
         path = row.key if isinstance(row, Delete) else path_of(row)
         return {
             "path": os.fsdecode(path or b""),
@@ -193,7 +194,7 @@ class Uploader:
             return FAILED
         if progress.attempts:
             return "retrying"
-        if isinstance(row, Put) and seq in self._dispatcher.open:
+        if isinstance(row, Put) and seq in self._dispatcher.plans.open:
             return OPEN
         return "waiting"
 
@@ -225,11 +226,11 @@ class Uploader:
         """Try what failed at once again, at or below *path* (None: all); return how many."""
         count = 0
         for seq, row in sorted(self._table.rows.items()):
-            progress = self._dispatcher.progress.get(seq)
+            progress = self._dispatcher.plans.progress.get(seq)
             if progress is None or not progress.attempts or not _is_at(row, path):
                 continue
             count += 1
-            self._dispatcher.forgive(seq)
+            self._dispatcher.plans.forgive(seq)
             await self._committer.commit(partial(self._clear_error, seq))
         self._dispatcher.look_again(self._table.rows)
         return count
@@ -239,7 +240,7 @@ class Uploader:
         if isinstance(row, Put) and row.state == FAILED:
             self._table.replace(w, seq, replace(row, state=SEALED, error=""))
         else:
-            self._dispatcher.put_error(seq, "", w)
+            self._dispatcher.plans.put_error(seq, "", w)
 
     async def resolve(self, path: bytes, keep: str) -> None:
         """End a conflict: what was written here replaces the lake's ("ours") or is put aside ("theirs").

@@ -26,6 +26,7 @@ from cache.pending import PendingTable, decode_pending
 from cache.recovery import Recovered, recover
 from cache.residency import Residency
 from cache.staging import StagingFiles
+from cache.store import forget_power_loss, kept_all_bytes
 
 
 class Shared(Protocol):
@@ -68,7 +69,10 @@ def open_ledger(directory: Path, store_id: str, index: Index, table: PendingTabl
     journal = Journal(directory, store_id)
     try:
         staging = StagingFiles(directory)
-        return Ledger(table, journal, staging, recover(index, journal, staging, table, first=first))
+        is_intact = kept_all_bytes(directory)
+        recovered = recover(index, journal, staging, table, first=first, is_intact=is_intact)
+        forget_power_loss(directory)
+        return Ledger(table, journal, staging, recovered)
     except BaseException:
         journal.close()
         raise
@@ -111,6 +115,10 @@ class WritePath:
         """At the end: have the journal get what it lacks, if it can be written."""
         with suppress(MountReadOnly):
             await self.keeper.settled()
+
+    def finish(self) -> None:
+        """Once nothing runs any more: have the journal say what is whole. Blocks."""
+        self.keeper.finish()
 
 
 def make_write_path(

@@ -276,7 +276,9 @@ class Writing:
 
     async def _cut(self, inode: Inode, size_bytes: int) -> None:
         """Give the file that size; what it has beyond the bytes it had reads as zeroes."""
-        number = await self._stage(inode, min(size_bytes, self._node(inode).size_bytes))
+        node = self._node(inode)  # Of a staged file its size is not the one that the file has now.
+        kept_bytes = size_bytes if node.staged else min(size_bytes, node.size_bytes)
+        number = await self._stage(inode, kept_bytes)
         with self._staging.held(number) as fd, _staging_errors():
             if os.fstat(fd).st_size - size_bytes < _CUT_IN_THREAD_BYTES:
                 os.ftruncate(fd, size_bytes)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from cache import messages
 from cache.config import LakeConfig
 from cache.errors import AccessDenied, LakeError, LakeUnavailable, NameMissing, SlowDown
+from cache.index import IndexWriter
 from cache.lake.directory import DirectoryLake
 from cache.model import MIB
-from cache.pending import CONFLICT, FAILED
+from cache.pending import ANY_ETAG, CONFLICT, FAILED, Delete, Put
+from cache.tree import TreeChange
+from cache.uploading import Puts
 from tests.uploads import QUICK, Faults, content, is_missing, keys, mounted
 from tests.wiring import WatchedLake
 
 SMALL = b"some bytes"
+replace_row = msgspec.structs.replace
 
 
 def body_of(size_bytes: int, seed: int = 1) -> bytes:
@@ -325,6 +331,117 @@ async def test_a_file_removed_while_it_is_sent_does_not_come_back(tmp_path: Path
         gate.set()
         await mount.drain()
         assert keys(lake) == ["file"] and content(lake, "file") == b"another"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+async def test_a_file_removed_at_the_moment_that_it_would_be_clean_does_not_come_back(
+    tmp_path: Path, is_link: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The removal waits for the next transaction, which is the one that would say that it is clean."""
+    lake, commit_clean = WatchedLake(), Puts._commit_clean
+    async with mounted(tmp_path, lake) as mount:
+        writing = mount.cache.writing
+        assert writing is not None
+
+        def unlink(w: IndexWriter) -> int:
+            change = TreeChange(w, mount.cache.table, writing.ledger.staging, None, (7, 8), 0)
+            return change.apply(messages.Unlink(1, b"file"))
+
+        def removed_before(puts: Puts, *args: Any) -> bool:
+            mount.cache.committer.commit_nowait(unlink)
+            return commit_clean(puts, *args)
+
+        monkeypatch.setattr(Puts, "_commit_clean", removed_before)
+        if is_link:
+            await mount.apply(messages.MakeSymlink(1, b"file", b"to/there", 7, 8))
+        else:
+            await mount.put("file", SMALL)
+        await mount.drain()
+        assert keys(lake) == [] and mount.uploader.queue() == [] and not await mount.shows("file")
+        assert [record.message for record in caplog.records] == []
+
+
+async def test_a_file_removed_while_it_is_sent_is_worth_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lake = WatchedLake()
+    gate = lake.hold("put")
+    async with mounted(tmp_path, lake) as mount:
+        await mount.put("file", SMALL)
+        await lake.met("put")
+        await mount.unlink("file")
+        await mount.until(lambda: mount.staged_numbers() == [])
+        gate.set()
+        await mount.drain()
+        assert keys(lake) == [] and [record.message for record in caplog.records] == []
+
+
+async def test_a_warning_that_a_file_leaves_the_cache_names_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lake = WatchedLake()
+    async with mounted(tmp_path, lake) as mount:
+        (tmp_path / "nvme0" / "incoming").rmdir()
+        inode = await mount.put("file", SMALL)
+        node = mount.cache.index.node(inode)
+        assert node is not None and mount.cache.writing is not None
+        await mount.drain()
+        (told,) = [record.message for record in caplog.records]
+        assert told.startswith(f"{mount.cache.writing.ledger.staging.path(node.staged)}: can't be kept")
+        assert content(lake, "file") == SMALL and mount.uploader.queue() == []
+
+
+async def test_what_became_known_of_the_lake_while_a_file_is_sent_is_no_conflict(tmp_path: Path) -> None:
+    """What is in the way is ours, and the change that gives it up comes after the request was made."""
+    lake = WatchedLake()
+    async with mounted(tmp_path, lake) as mount:
+        await mount.inode("")
+        gate = lake.hold("put")
+        await mount.put("file", SMALL)
+        await lake.met("put")
+        lake.fill({"file": b"given up"})
+        ((seq, row),) = mount.cache.table.at(b"file")
+        assert isinstance(row, Put) and row.base_etag == ""
+        known = replace_row(row, base_etag=ANY_ETAG)
+        await mount.cache.committer.commit(lambda w: mount.cache.table.replace(w, seq, known))
+        gate.set()
+        await mount.drain()
+        assert mount.uploader.queue() == [] and content(lake, "file") == SMALL
+
+
+async def test_what_waits_for_a_conflict_keeps_no_drain_waiting(tmp_path: Path) -> None:
+    lake = WatchedLake()
+    lake.fill({"d/file": b"old", "d/other": b"other"})
+    async with mounted(tmp_path, lake) as mount:
+        await mount.inode("d/other")
+        await mount.inode("d/file")
+        lake.fill({"d/file": b"foreign"})
+        await mount.replace("d/file", SMALL)
+        await mount.drain()
+        await mount.rename("d", "e")
+        await mount.drain()
+        states = {row["operation"]: row["state"] for row in mount.uploader.queue()}
+        assert states["put"] == CONFLICT
+        await mount.uploader.resolve(b"e/file", "ours")
+        await mount.drain()
+        assert mount.uploader.queue() == [] and content(lake, "e/file") == SMALL
+
+
+async def test_a_drain_waits_for_what_nothing_but_a_fault_of_ours_holds_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lake = WatchedLake()
+    async with mounted(tmp_path, lake) as mount:
+        running = mount.cache.table.running
+        running.begin(10**6, Delete(b"d/"))  # Nobody carries it out.
+        await mount.mkdir("d")
+        await mount.put("d/file", SMALL)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mount.drain)
+            await mount.until(lambda: any("wait for each other" in one.message for one in caplog.records))
+            assert nursery.child_tasks and len(mount.uploader.queue()) == 2
+            running.end(10**6)
+        assert mount.uploader.queue() == [] and content(lake, "d/file") == SMALL
 
 
 async def test_an_unlinked_file_of_several_parts_leaves_no_upload_behind(tmp_path: Path) -> None:

@@ -336,6 +336,18 @@ async def test_what_is_changed_after_a_crash_leaves_nothing_of_before(
     assert {key: content(lake, key) for key in keys(lake)} == {**expected, "other": b"other"}
 
 
+async def test_nested_directories_that_wait_for_their_markers_keep_nobody_waiting(tmp_path: Path) -> None:
+    lake, shared, config = WatchedLake(), Shared.make(), replace(QUICK, delay_s=3600.0)
+    async with mounted(tmp_path, lake, config, shared=shared) as mount:
+        for name in ("d", "d/e"):
+            await mount.mkdir(name)
+        for name in ("d/f", "d/e/g"):
+            await mount.put(name, name.encode())
+    async with mounted(tmp_path, lake, config, shared=shared, first=False) as mount:
+        await mount.drain()
+        assert mount.uploader.queue() == [] and keys(lake) == ["d/", "d/e/", "d/e/g", "d/f"]
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_whatever_is_done_the_lake_ends_as_the_mount_shows(tmp_path: Path, seed: int) -> None:
     """Random changes, with failures and lost answers in between, against a model in memory."""
