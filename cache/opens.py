@@ -1,0 +1,290 @@
+"""How many have each inode open, over all processes of a mount, and in which of the kernel's modes.
+
+A request for an open file may reach any worker, and the mover must know what may leave. So the
+counts lie in memory that all of them share: an `OpenTable` is made before the fork.
+
+A bucket holds the entries of the inodes that hash to it, and has one lock: a record lock
+(fcntl(2)) on a byte of the table's memory file, which the kernel takes from a process that dies. What
+such a process had begun is finished by the next that takes the lock, or had not happened at all:
+
+  1  the new value is written beside the entries
+  2  one 64-bit store says that it is valid. From here on the change has happened.
+  3  it is copied to its place, and 2 is taken back.
+
+The kernel sends a request again when the worker that had it dies, counted or not. So a change may
+carry the request's own number, and with a number that the table has seen nothing is counted.
+
+Where a bucket is full, opens are counted for the bucket only. Until these are closed, the table
+says UNKNOWN of every inode in it that it can't vouch for: take it as open, for writing too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+from enum import Enum
+from types import TracebackType
+from typing import NamedTuple
+
+BUCKETS = 4096
+REQUESTS = 1 << 15  # Between a request and its resending there are fewer others.
+_SLOTS = 28
+# Words of a bucket. The first four are the change under way; PLACE is 0 when there is none.
+_PLACE, _VALUE, _KEY, _REQUEST, _EXCESS, _KEYS = 0, 1, 2, 3, 4, 8
+_VALUES = _KEYS + _SLOTS
+_WORDS = _VALUES + _SLOTS
+_FIRST_BUCKET = REQUESTS
+# An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above.
+_READERS_MAX, _WRITERS_MAX = (1 << 20) - 1, (1 << 12) - 1
+_WRITERS_SHIFT, _BACKING_SHIFT = 20, 32
+BACKING_ID_MAX = (1 << 31) - 1
+
+
+class Mode(Enum):
+    """How the kernel has an inode open. While it is open, every further open has to agree."""
+
+    CLOSED = "closed"
+    CACHED = "cached"
+    PASSTHROUGH = "passthrough"
+    UNKNOWN = "unknown"  # Take it as open in cached mode.
+
+
+class OpenState(NamedTuple):
+    """*backing_id*: what the kernel calls the file that it reads; 0 unless there is one.
+
+    CLOSED with a backing id: whoever closed the inode last died before it took that back.
+    """
+
+    readers: int
+    writers: int
+    mode: Mode
+    backing_id: int
+
+    @property
+    def is_open(self) -> bool:
+        return self.mode is not Mode.CLOSED
+
+    @property
+    def may_be_written(self) -> bool:
+        return self.writers > 0 or self.mode is Mode.UNKNOWN
+
+
+class OpenTable:
+    """Make it before the fork. All processes together may have `BUCKETS * 28` inodes open."""
+
+    def __init__(self) -> None:
+        size_bytes = 8 * (_FIRST_BUCKET + BUCKETS * _WORDS)
+        self._fd = os.memfd_create("sluice-opens", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, size_bytes)  # Pages that nobody touches take no memory.
+        self._cells = memoryview(mmap.mmap(self._fd, size_bytes)).cast("Q")
+        # A record lock is the process's: it does not hold off that process's other threads.
+        self._thread_lock = threading.Lock()
+        self._holder = 0
+
+    def opened(self, inode: int, *, writing: bool = False, request: int = 0) -> OpenState:
+        """Count one more open; return the state with it. *request*: see `Held.opened`."""
+        with self.held(inode) as held:
+            return held.opened(writing=writing, request=request)
+
+    def closed(self, inode: int, *, writing: bool = False, request: int = 0) -> OpenState:
+        """Count one open less; return the state without it."""
+        with self.held(inode) as held:
+            return held.closed(writing=writing, request=request)
+
+    def state(self, inode: int) -> OpenState:
+        """Return the state of this moment, without the lock: the next may be another."""
+        base = self._base(inode)
+        return self._state(base, self._value(base, inode))
+
+    def held(self, inode: int) -> Held:
+        """Return a block's view of one inode: `with table.held(inode) as held: ... held.state`.
+
+        While the block runs no process opens or closes the inode. It must not wait for anything
+        (no await, no I/O but what belongs to the decision), and hold no second inode.
+        """
+        assert 0 < inode < 1 << 64, inode
+        return Held(self, inode)
+
+    def abandoned(self) -> list[int]:
+        """Return the inodes that are closed but have a backing id still."""
+        cells = self._cells.tolist()
+        found = []
+        for base in range(_FIRST_BUCKET, len(cells), _WORDS):
+            for inode in filter(None, cells[base + _KEYS : base + _VALUES]):
+                state = self.state(inode)
+                if state.backing_id and not state.is_open:
+                    found.append(inode)
+        return found
+
+    # The lock
+
+    def _lock(self, base: int) -> None:
+        assert self._holder != threading.get_ident(), "one inode at a time"
+        self._thread_lock.acquire()
+        self._holder = threading.get_ident()
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, base)
+        except BaseException:
+            self._holder = 0
+            self._thread_lock.release()
+            raise
+        self._finish(base)
+
+    def _unlock(self, base: int) -> None:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, base)
+        finally:
+            self._holder = 0
+            self._thread_lock.release()
+
+    # Entries. All but `_value` and `_state` hold the bucket's lock.
+
+    def _base(self, inode: int) -> int:
+        # Inodes are given out in order, so neighbours go to different buckets.
+        return _FIRST_BUCKET + (inode ^ inode >> 12) % BUCKETS * _WORDS
+
+    def _value(self, base: int, inode: int) -> int:
+        """Return the entry's value, 0 where there is none."""
+        cells = self._cells
+        if cells[base + _PLACE] >= _VALUES and cells[base + _KEY] == inode:
+            return cells[base + _VALUE]
+        slot = self._slot(base, inode)
+        if slot is None:
+            return 0
+        value = cells[base + _VALUES + slot]
+        return value if cells[base + _KEYS + slot] == inode else 0  # It may just have left.
+
+    def _slot(self, base: int, key: int) -> int | None:
+        """Return where *key*'s entry is; for key 0, where one is free."""
+        keys = self._cells[base + _KEYS : base + _VALUES].tolist()
+        return keys.index(key) if key in keys else None
+
+    def _state(self, base: int, value: int) -> OpenState:
+        readers, writers = value & _READERS_MAX, value >> _WRITERS_SHIFT & _WRITERS_MAX
+        backing_id = value >> _BACKING_SHIFT
+        if backing_id:
+            mode = Mode.PASSTHROUGH if readers or writers else Mode.CLOSED
+        elif self._cells[base + _EXCESS]:
+            mode = Mode.UNKNOWN
+        else:
+            mode = Mode.CACHED if value else Mode.CLOSED
+        return OpenState(readers, writers, mode, backing_id)
+
+    def _put(self, base: int, inode: int, value: int, request: int) -> None:
+        """Change or make the inode's entry; 0 takes it away. Where there is no room: the excess."""
+        slot = self._slot(base, inode)
+        if slot is None:
+            slot = self._slot(base, 0)
+        if slot is None:
+            self._change(base, _EXCESS, self._cells[base + _EXCESS] + 1, 0, request)
+        else:
+            self._change(base, _VALUES + slot, value, inode, request)
+
+    def _change(self, base: int, place: int, value: int, key: int, request: int) -> None:
+        cells = self._cells
+        cells[base + _VALUE] = value
+        cells[base + _KEY] = key
+        cells[base + _REQUEST] = request
+        cells[base + _PLACE] = place  # Whoever dies before this has changed nothing.
+        self._finish(base)
+
+    def _finish(self, base: int) -> None:
+        """Carry out the change that is under way, if there is one. Twice does the same as once."""
+        cells = self._cells
+        place = cells[base + _PLACE]
+        if not place:
+            return
+        value, request = cells[base + _VALUE], cells[base + _REQUEST]
+        cells[base + place] = value
+        if place >= _VALUES:
+            cells[base + place - _SLOTS] = cells[base + _KEY] if value else 0
+        if request:
+            cells[(request >> 1) % REQUESTS] = request
+        cells[base + _PLACE] = 0
+
+    def _was_counted(self, request: int) -> bool:
+        # FUSE numbers requests in steps of 2 (linux/fuse.h: FUSE_UNIQUE_RESEND and the lowest bit are flags).
+        return request != 0 and self._cells[(request >> 1) % REQUESTS] == request
+
+
+class Held:
+    """One inode, for as long as the block of `OpenTable.held` runs."""
+
+    def __init__(self, table: OpenTable, inode: int) -> None:
+        self._table = table
+        self._inode = inode
+        self._base = table._base(inode)
+
+    def __enter__(self) -> Held:
+        self._table._lock(self._base)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._table._unlock(self._base)
+
+    @property
+    def state(self) -> OpenState:
+        return self._table._state(self._base, self._table._value(self._base, self._inode))
+
+    @property
+    def may_get_backing(self) -> bool:
+        """Return whether nobody has it open, as far as known, and there is room to write that down."""
+        table = self._table
+        return self.state.mode is Mode.CLOSED and (
+            table._slot(self._base, self._inode) is not None or table._slot(self._base, 0) is not None
+        )
+
+    def opened(self, *, writing: bool = False, request: int = 0, backing_id: int = 0) -> OpenState:
+        """Count one more open; return the state with it.
+
+        *request*: its number, without the bit that says that it was sent again; 0: not known.
+        *backing_id*: the first open says so that this one and all that follow are passed through.
+        """
+        table, value = self._table, self._table._value(self._base, self._inode)
+        assert not backing_id or (self.may_get_backing and not value >> _BACKING_SHIFT), self.state
+        assert 0 <= backing_id <= BACKING_ID_MAX, backing_id
+        if not table._was_counted(request):
+            changed = _counted(value, writing, 1) | backing_id << _BACKING_SHIFT
+            table._put(self._base, self._inode, changed, request)
+        return self.state
+
+    def closed(self, *, writing: bool = False, request: int = 0) -> OpenState:
+        """Count one open less; return the state without it.
+
+        A backing id stays, to be closed by the caller, who calls `forget_backing` then.
+        """
+        table, value = self._table, self._table._value(self._base, self._inode)
+        if table._was_counted(request):
+            return self.state
+        changed = _counted(value, writing, -1)
+        excess = table._cells[self._base + _EXCESS]
+        if changed != value:
+            table._put(self._base, self._inode, changed, request)
+        elif not _is_full(value, writing) and excess:
+            table._change(self._base, _EXCESS, excess - 1, 0, request)
+        return self.state
+
+    def forget_backing(self) -> None:
+        """The kernel knows the backing id no more. Nobody has the inode open."""
+        state = self.state
+        assert not state.is_open, state
+        if state.backing_id:
+            self._table._put(self._base, self._inode, 0, 0)
+
+
+def _counted(value: int, writing: bool, step: int) -> int:
+    """Return *value* with one open more or less. A count at its end stays there: open for ever."""
+    shift, most = (_WRITERS_SHIFT, _WRITERS_MAX) if writing else (0, _READERS_MAX)
+    count = value >> shift & most
+    if count == most or count + step < 0:
+        return value
+    return value + (step << shift)
+
+
+def _is_full(value: int, writing: bool) -> bool:
+    shift, most = (_WRITERS_SHIFT, _WRITERS_MAX) if writing else (0, _READERS_MAX)
+    return value >> shift & most == most
