@@ -1,6 +1,6 @@
 /* What SluiceFS needs of libfuse and pyfuse3 does not expose.
  *
- * This library is loaded with RTLD_GLOBAL before pyfuse3, so that pyfuse3's calls of the three
+ * This library is loaded with RTLD_GLOBAL before pyfuse3, so that pyfuse3's calls of the four
  * libfuse functions below bind to it. Each calls libfuse's own and changes one thing:
  *
  * fuse_session_receive_buf
@@ -13,6 +13,9 @@
  *   handle is 0 in every READ, and pyfuse3 hands its handlers only the handle. An inode number
  *   takes its place; SluiceFS never gives out the handle 0 itself.
  *
+ *   The number and the process of the request that was received last are kept for the handler that
+ *   pyfuse3 starts with it: last_unique(), last_pid().
+ *
  * fuse_session_new
  *   INIT's reply carries how many requests that nobody waits for, reads ahead among them, may be
  *   under way. libfuse leaves the kernel's 12, which is fewer than the readers of one training
@@ -22,7 +25,14 @@
  *   pyfuse3's opendir can't ask the kernel to keep a directory's entries. Two high bits of the
  *   handle say it here: the kernel may cache them, and what it has cached already is still good.
  *
- * All state is set once, before the fork. Wire format: linux/fuse.h, a stable ABI.
+ * fuse_session_mount
+ *   Where want_passthrough() was called, libfuse's public hook for its device I/O is set. Each reply
+ *   then comes by here in the kernel's format. INIT's gets what agrees on FUSE_PASSTHROUGH, if the
+ *   kernel offers it. To an OPEN or CREATE that pass_through() named, the backing id is added: the
+ *   kernel then reads and writes the file behind that id, and no READ or WRITE is sent.
+ *
+ * All state is set once, before the fork, or is the process's own. Wire format: linux/fuse.h, a stable
+ * ABI.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -33,9 +43,17 @@
 #include <fuse3/fuse_lowlevel.h>
 #include <linux/fuse.h>
 #include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #define MAX_BACKGROUND 256
 #define CONGESTION_THRESHOLD 192
+#define UNIQUE_RESEND (UINT64_C(1) << 63) /* FUSE_UNIQUE_RESEND of newer headers. */
+#define FLAGS2_PASSTHROUGH (UINT32_C(1) << 5) /* FUSE_PASSTHROUGH, kernel 6.9: bit 37 of the flags. */
+#define INIT_EXT (UINT32_C(1) << 30)	      /* FUSE_INIT_EXT. */
+#define OPEN_PASSTHROUGH (UINT32_C(1) << 7)   /* FOPEN_PASSTHROUGH. */
+#define STACK_DEPTH 1			      /* The backing file is on no stacked file system. */
+#define REPLIES_MAX 256
 #define CACHE_ENTRIES (UINT64_C(1) << 60) /* Of a directory handle, as in operations.py. */
 #define KEEP_ENTRIES (UINT64_C(1) << 61)
 
@@ -46,14 +64,128 @@ typedef int reply_open_function(fuse_req_t, const struct fuse_file_info *);
 static receive_function *receive_of_libfuse;
 static reply_open_function *reply_open_of_libfuse;
 
-static void name_inode_as_handle(struct fuse_buf *buffer, int length)
+static uint64_t last_unique;
+static uint32_t last_pid;
+
+static enum { UNWANTED, NO_HOOK, NO_KERNEL, AGREED } passthrough = UNWANTED;
+static uint64_t init_unique; /* Of the INIT that offered FUSE_PASSTHROUGH, until it is answered. */
+
+/* The first fields of the kernel's fuse_init_in and fuse_init_out. Older headers lack the last. */
+struct init_in {
+	uint32_t major, minor, max_readahead, flags, flags2;
+};
+
+struct init_out {
+	uint32_t major, minor, max_readahead, flags;
+	uint16_t max_background, congestion_threshold;
+	uint32_t max_write, time_gran;
+	uint16_t max_pages, map_alignment;
+	uint32_t flags2, max_stack_depth;
+};
+
+struct open_out {
+	uint64_t fh;
+	uint32_t open_flags;
+	int32_t backing_id;
+};
+
+/* Opens that are answered next with a backing id. They are few: pyfuse3 answers when the handler
+ * returns, so there is one unless a handler waits in between. */
+static struct {
+	uint64_t unique;
+	int32_t backing_id;
+} replies[REPLIES_MAX];
+static unsigned reply_count;
+
+static int32_t take_backing_id(uint64_t unique)
+{
+	for (unsigned i = 0; i < reply_count; i++)
+		if (replies[i].unique == unique) {
+			int32_t backing_id = replies[i].backing_id;
+
+			replies[i] = replies[--reply_count];
+			return backing_id;
+		}
+	return 0;
+}
+
+/* Buffers need not be aligned for what is in them: it is copied in and out. */
+
+static void note_init(const struct fuse_in_header *in, size_t length)
+{
+	struct init_in arg;
+
+	if (passthrough != NO_KERNEL || length < sizeof(*in) + sizeof(arg))
+		return;
+	memcpy(&arg, in + 1, sizeof(arg));
+	if ((arg.flags & INIT_EXT) && (arg.flags2 & FLAGS2_PASSTHROUGH))
+		init_unique = in->unique;
+}
+
+static void agree_on_passthrough(const struct iovec *body)
+{
+	struct init_out arg;
+
+	if (body->iov_len < sizeof(arg))
+		return;
+	memcpy(&arg, body->iov_base, sizeof(arg));
+	if (arg.flags & FUSE_WRITEBACK_CACHE) /* The kernel takes one of the two. */
+		return;
+	arg.flags |= INIT_EXT;
+	arg.flags2 |= FLAGS2_PASSTHROUGH;
+	arg.max_stack_depth = STACK_DEPTH;
+	memcpy(body->iov_base, &arg, sizeof(arg));
+	passthrough = AGREED;
+}
+
+static void add_backing_id(const struct iovec *body, int32_t backing_id)
+{
+	struct open_out arg; /* The last of a CREATE's reply, and all of an OPEN's. */
+	char *place = (char *)body->iov_base + body->iov_len - sizeof(arg);
+
+	if (body->iov_len < sizeof(arg))
+		return;
+	memcpy(&arg, place, sizeof(arg));
+	/* The kernel refuses these two beside it: the backing file has a page cache of its own. */
+	arg.open_flags &= ~(uint32_t)(FOPEN_KEEP_CACHE | FOPEN_DIRECT_IO);
+	arg.open_flags |= OPEN_PASSTHROUGH;
+	arg.backing_id = backing_id;
+	memcpy(place, &arg, sizeof(arg));
+}
+
+static void change_reply(const struct iovec *pieces, int count)
+{
+	struct fuse_out_header out;
+	int32_t backing_id;
+
+	if ((!init_unique && !reply_count) || count < 1 || pieces[0].iov_len < sizeof(out))
+		return;
+	memcpy(&out, pieces[0].iov_base, sizeof(out));
+	if (!out.unique) /* A notification. */
+		return;
+	if (out.unique == init_unique) {
+		init_unique = 0;
+		if (!out.error && count == 2)
+			agree_on_passthrough(&pieces[1]);
+		return;
+	}
+	backing_id = take_backing_id(out.unique & ~UNIQUE_RESEND);
+	if (backing_id && !out.error && count == 2)
+		add_backing_id(&pieces[1], backing_id);
+}
+
+static void note_request(struct fuse_buf *buffer, size_t length)
 {
 	struct fuse_in_header *in = buffer->mem;
 	struct fuse_read_in *arg = (struct fuse_read_in *)(in + 1);
 
-	if ((buffer->flags & FUSE_BUF_IS_FD) || length < (int)(sizeof(*in) + sizeof(*arg)))
+	if ((buffer->flags & FUSE_BUF_IS_FD) || length < sizeof(*in))
 		return;
-	if (in->opcode == FUSE_READ && arg->fh == 0)
+	last_unique = in->unique & ~UNIQUE_RESEND;
+	last_pid = in->pid;
+	if (in->opcode == FUSE_INIT)
+		note_init(in, length);
+	if (in->opcode == FUSE_READ && length >= sizeof(*in) + sizeof(*arg) && arg->fh == 0)
 		arg->fh = in->nodeid;
 }
 
@@ -62,7 +194,7 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
 	int result = receive_of_libfuse(session, buffer);
 
 	if (result > 0)
-		name_inode_as_handle(buffer, result);
+		note_request(buffer, (size_t)result);
 	return result == -EAGAIN ? -EINTR : result;
 }
 
@@ -77,6 +209,65 @@ int fuse_reply_open(fuse_req_t request, const struct fuse_file_info *info)
 	changed.keep_cache = (info->fh & KEEP_ENTRIES) != 0;
 	changed.fh &= ~(CACHE_ENTRIES | KEEP_ENTRIES);
 	return reply_open_of_libfuse(request, &changed);
+}
+
+/* libfuse has the hook from 3.14 on, and another signature of it from 3.17 on. */
+#if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14) && FUSE_VERSION < FUSE_MAKE_VERSION(3, 17)
+
+typedef int custom_io_function(struct fuse_session *, const struct fuse_custom_io *, int);
+
+static custom_io_function *custom_io_of_libfuse;
+
+static ssize_t read_request(int fd, void *buffer, size_t length, void *unused)
+{
+	(void)unused;
+	return read(fd, buffer, length);
+}
+
+static ssize_t write_reply(int fd, struct iovec *pieces, int count, void *unused)
+{
+	(void)unused;
+	change_reply(pieces, count);
+	return writev(fd, pieces, count);
+}
+
+static void find_hook(void *libfuse)
+{
+	custom_io_of_libfuse = (custom_io_function *)dlsym(libfuse, "fuse_session_custom_io");
+}
+
+static int set_hook(struct fuse_session *session)
+{
+	static const struct fuse_custom_io io = {.read = read_request, .writev = write_reply};
+
+	if (!custom_io_of_libfuse)
+		return -1;
+	return custom_io_of_libfuse(session, &io, fuse_session_fd(session));
+}
+#else
+static void find_hook(void *libfuse)
+{
+	(void)libfuse;
+}
+
+static int set_hook(struct fuse_session *session)
+{
+	(void)session, (void)change_reply;
+	return -1;
+}
+#endif
+
+typedef int mount_function(struct fuse_session *, const char *);
+
+static mount_function *mount_of_libfuse;
+
+int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
+{
+	int result = mount_of_libfuse(session, mountpoint);
+
+	if (!result && passthrough == NO_HOOK && !set_hook(session))
+		passthrough = NO_KERNEL; /* Until INIT says better. */
+	return result;
 }
 
 /* From libfuse 3.17 on the function is versioned and pyfuse3 may call another one: the kernel's
@@ -115,11 +306,80 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 #define SETS_BACKGROUND 0
 #endif
 
+static PyObject *get_last_unique(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return PyLong_FromUnsignedLongLong(last_unique);
+}
+
+static PyObject *get_last_pid(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return PyLong_FromUnsignedLong(last_pid);
+}
+
+static PyObject *want_passthrough(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	if (passthrough == UNWANTED)
+		passthrough = NO_HOOK;
+	Py_RETURN_NONE;
+}
+
+static PyObject *passthrough_failure(PyObject *self, PyObject *unused)
+{
+	static const char *const reasons[] = {"not asked for", "libfuse 3.14 to 3.16 is needed",
+					      "the kernel does not offer it: 6.9 or later is needed"};
+
+	(void)self, (void)unused;
+	if (passthrough == AGREED)
+		Py_RETURN_NONE;
+	return PyUnicode_FromString(reasons[passthrough]);
+}
+
+static PyObject *pass_through(PyObject *self, PyObject *args)
+{
+	unsigned long long unique;
+	int backing_id;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "Ki", &unique, &backing_id))
+		return NULL;
+	if (passthrough != AGREED || !unique || (unique & UNIQUE_RESEND) || backing_id <= 0) {
+		PyErr_SetString(PyExc_ValueError, "no passthrough, no such request, or no backing id");
+		return NULL;
+	}
+	take_backing_id(unique); /* Of an earlier try to answer it. */
+	if (reply_count == REPLIES_MAX) {
+		PyErr_SetString(PyExc_OverflowError, "too many opens with a backing id are unanswered");
+		return NULL;
+	}
+	replies[reply_count].unique = unique;
+	replies[reply_count++].backing_id = backing_id;
+	Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+	{"want_passthrough", want_passthrough, METH_NOARGS,
+	 "Have the next session ask the kernel for FUSE_PASSTHROUGH. Call it before pyfuse3.init."},
+	{"passthrough_failure", passthrough_failure, METH_NOARGS,
+	 "Return None where the kernel agreed to FUSE_PASSTHROUGH, else why it did not."},
+	{"pass_through", pass_through, METH_VARARGS,
+	 "pass_through(unique, backing_id): answer this OPEN or CREATE with this backing id.\n\n"
+	 "Call it just before the handler returns. An error as the answer takes it back."},
+	{"last_unique", get_last_unique, METH_NOARGS,
+	 "Return the number of the request received last, the same when the kernel sends it again.\n\n"
+	 "A handler reads it before its first await: then the next request may be there."},
+	{"last_pid", get_last_pid, METH_NOARGS, "Return the process that the last request came from, or 0."},
+	{0},
+};
+
 static struct PyModuleDef module = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "_channel",
-	.m_doc = "Changes three calls of pyfuse3 into libfuse; see channel.c. Import with RTLD_GLOBAL, first.",
+	.m_doc = "Changes four calls of pyfuse3 into libfuse; see channel.c. Import with RTLD_GLOBAL, first.",
 	.m_size = -1,
+	.m_methods = methods,
 };
 
 static int find_functions(void)
@@ -132,7 +392,10 @@ static int find_functions(void)
 	}
 	receive_of_libfuse = (receive_function *)dlsym(libfuse, "fuse_session_receive_buf");
 	reply_open_of_libfuse = (reply_open_function *)dlsym(libfuse, "fuse_reply_open");
-	if (!reply_open_of_libfuse || reply_open_of_libfuse == fuse_reply_open)
+	mount_of_libfuse = (mount_function *)dlsym(libfuse, "fuse_session_mount");
+	find_hook(libfuse);
+	if (!reply_open_of_libfuse || reply_open_of_libfuse == fuse_reply_open || !mount_of_libfuse ||
+	    mount_of_libfuse == fuse_session_mount)
 		receive_of_libfuse = NULL;
 #if SETS_BACKGROUND
 	new_of_libfuse = (new_function *)dlsym(libfuse, "fuse_session_new");

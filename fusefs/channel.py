@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from cache.config import MountConfig
 
@@ -26,6 +27,42 @@ def load() -> str | None:
     finally:
         sys.setdlopenflags(flags)
     return None
+
+
+def last_unique() -> int:
+    """Return the number of the request that the running handler answers; 0: not known.
+
+    It is the same when the kernel sends the request again because the worker that had it died.
+    Call it before the handler's first await: then the next request may have been received.
+    """
+    extension = _extension()
+    return 0 if extension is None else extension.last_unique()
+
+
+def want_passthrough() -> None:
+    """Have the session that is initialised next ask the kernel for FUSE_PASSTHROUGH, if possible."""
+    extension = _extension()
+    if extension is not None:
+        extension.want_passthrough()
+
+
+def passthrough_failure() -> str | None:
+    """Return None where the kernel agreed to FUSE_PASSTHROUGH, else why it did not."""
+    extension = _extension()
+    return load() if extension is None else extension.passthrough_failure()
+
+
+def pass_through(unique: int, backing_id: int) -> None:
+    """Have the kernel read and write the file behind *backing_id* for this OPEN or CREATE.
+
+    Call it just before the handler returns; an error as the answer takes it back. Raises
+    ValueError where the kernel did not agree.
+    """
+    _extension().pass_through(unique, backing_id)
+
+
+def _extension() -> Any:
+    return sys.modules.get("fusefs._channel")
 
 
 def no_open_feature(config: MountConfig, no_channel: str | None) -> dict[str, object]:

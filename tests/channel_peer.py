@@ -1,0 +1,80 @@
+"""A small file system on a socket instead of /dev/fuse, for test_45_channel.py to talk to.
+
+    python tests/channel_peer.py FD [passthrough]
+
+Inode n opens with backing id n - 100 when that is positive. What `getattr` says of an inode tells
+what the extension has noted: the request's number is the size, the process the owner.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+# Another build of `fusefs._channel` lies in a copy of the package.
+sys.path[:0] = [p for p in (os.environ.get("SLUICE_TEST_CHANNEL"), str(Path(__file__).parents[1])) if p]
+
+from fusefs import channel  # noqa: E402
+
+if reason := channel.load():
+    sys.exit(reason)
+
+import pyfuse3  # noqa: E402
+import trio.lowlevel  # noqa: E402
+
+
+class Peer(pyfuse3.Operations):
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        from fusefs import _channel
+
+        number, pid = channel.last_unique(), _channel.last_pid()
+        await trio.lowlevel.checkpoint()
+        attributes = pyfuse3.EntryAttributes()
+        attributes.st_ino, attributes.st_size, attributes.st_uid = inode, number, pid
+        return attributes
+
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        number = channel.last_unique()
+        for _ in range(inode % 7):
+            await trio.lowlevel.checkpoint()  # So that replies come in another order than the requests.
+        if inode > 100:
+            try:
+                channel.pass_through(number, inode - 100)
+            except ValueError as error:
+                raise pyfuse3.FUSEError(errno.EIO) from error
+        if flags == 1:
+            raise pyfuse3.FUSEError(errno.EACCES)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        inode = pyfuse3.InodeT(int(name))
+        attributes = pyfuse3.EntryAttributes()
+        attributes.st_ino = inode
+        if inode > 100:
+            channel.pass_through(channel.last_unique(), inode - 100)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True), attributes
+
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        return b"%d" % fh
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        data = pyfuse3.StatvfsData()
+        data.f_files = 0 if channel.passthrough_failure() is None else 1
+        return data
+
+
+if "passthrough" in sys.argv:
+    channel.want_passthrough()
+pyfuse3.init(Peer(), f"/dev/fd/{sys.argv[1]}", set())
+trio.run(pyfuse3.main)
