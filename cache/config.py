@@ -66,6 +66,7 @@ class MountConfig:
     workers: int = 1  # 0: everything in one process.
     policy: str = "epoch"  # Or "lru".
     profile: str = "auto"  # Or "dataset" (open(2) sends no request), "checkpoint" (it does).
+    passthrough: str = "auto"  # Or "off": Python answers every read of an open file.
     allow_other: bool = False
     uid: int = 0  # Owner shown for every file.
     gid: int = 0

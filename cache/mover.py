@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -18,7 +18,7 @@ from cache.committer import Committer
 from cache.config import MountConfig
 from cache.counters import Counters
 from cache.engine import Engine
-from cache.errors import CacheError, ObjectChanged, ObjectMissing, SluiceError
+from cache.errors import CacheError, LakeError, ObjectChanged, ObjectMissing, SluiceError
 from cache.fetcher import Fetcher
 from cache.index import Index, remove_index
 from cache.lake.open import open_lake
@@ -27,6 +27,7 @@ from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
 from cache.model import MIB, Inode, ObjectVersion
+from cache.opens import OpenTable
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -59,6 +60,13 @@ class TierPlan:
     size_bytes: int
 
 
+class Sample(NamedTuple):
+    """Some objects of the lake, and their bytes together."""
+
+    objects: int
+    size_bytes: int
+
+
 @dataclass
 class Mover:
     """Everything the mover is made of; `handle` answers a worker's request."""
@@ -76,6 +84,16 @@ class Mover:
     async def check_lake(self) -> None:
         """Raise what a mount would meet first: bucket, credentials, endpoint, TLS."""
         await self.lake_io.run(self.lake_io.lake.check)
+
+    async def sample_lake(self) -> Sample:
+        """Return what the first page of a listing holds, if `--profile auto` has to know; else nothing."""
+        if self.config.profile != "auto" or not self.config.read_only or self.config.passthrough == "off":
+            return Sample(0, 0)
+        try:
+            page = await self.lake_io.run(lambda: self.lake_io.lake.list_page("", delimiter=False))
+        except LakeError:
+            return Sample(0, 0)
+        return Sample(len(page.objects), sum(info.version.size_bytes for info in page.objects))
 
     async def handle(self, request: messages.Request) -> Answer:
         """Carry out one request. Raises SluiceError for `messages.failure` to pack."""
@@ -161,7 +179,13 @@ Serve = Callable[[Mover, trio.MemoryReceiveChannel[Changed]], Awaitable[Any]]
 
 
 async def run_mover(
-    config: MountConfig, plans: list[TierPlan], counters: Counters, serve: Serve, *, first: bool
+    config: MountConfig,
+    plans: list[TierPlan],
+    counters: Counters,
+    opens: OpenTable,
+    serve: Serve,
+    *,
+    first: bool,
 ) -> None:
     """Open lake and index, make the cache ready, and run *serve* until it returns.
 
@@ -181,7 +205,7 @@ async def run_mover(
             writer.sweep_detached()
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
-    residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine)
+    residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine, opens)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)

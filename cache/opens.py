@@ -14,6 +14,10 @@ such a process had begun is finished by the next that takes the lock, or had not
 The kernel sends a request again when the worker that had it dies, counted or not. So a change may
 carry the request's own number, and with a number that the table has seen nothing is counted.
 
+An inode that its first open finds closed may get a backing id: the kernel's number for the file that
+it reads and writes in our place (FUSE_PASSTHROUGH). All opens that follow get the same one, until
+the last is closed.
+
 Where a bucket is full, opens are counted for the bucket only. Until these are closed, the table
 says UNKNOWN of every inode in it that it can't vouch for: take it as open, for writing too.
 """
@@ -24,6 +28,8 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from types import TracebackType
 from typing import NamedTuple
@@ -35,7 +41,12 @@ _SLOTS = 28
 _PLACE, _VALUE, _KEY, _REQUEST, _EXCESS, _KEYS = 0, 1, 2, 3, 4, 8
 _VALUES = _KEYS + _SLOTS
 _WORDS = _VALUES + _SLOTS
-_FIRST_BUCKET = REQUESTS
+# In front of the buckets: the numbers of requests, which objects were last given to the kernel (eight
+# bytes of the version id, and the inode), and who is registering a backing file just now.
+OBJECTS = 1 << 14
+_FIRST_OBJECT = REQUESTS
+_REGISTERING, _LARGEST_ID = _FIRST_OBJECT + 2 * OBJECTS, _FIRST_OBJECT + 2 * OBJECTS + 1
+_FIRST_BUCKET = _REGISTERING + 8
 # An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above.
 _READERS_MAX, _WRITERS_MAX = (1 << 20) - 1, (1 << 12) - 1
 _WRITERS_SHIFT, _BACKING_SHIFT = 20, 32
@@ -118,6 +129,26 @@ class OpenTable:
                     found.append(inode)
         return found
 
+    # Objects in passthrough
+
+    def note_object(self, vid: bytes, inode: int) -> None:
+        """*inode* is about to be open in passthrough, and shows the object version *vid*.
+
+        Of two versions that share a cell the first is forgotten, and takes disk space uncounted if
+        it is evicted while it is open.
+        """
+        word = int.from_bytes(vid[:8], "little")
+        place = _FIRST_OBJECT + 2 * (word % OBJECTS)
+        self._cells[place], self._cells[place + 1] = word, inode
+
+    def is_passed_through(self, vid: bytes) -> bool:
+        """Return whether the kernel has a file of this object version open in passthrough."""
+        word = int.from_bytes(vid[:8], "little")
+        place = _FIRST_OBJECT + 2 * (word % OBJECTS)
+        if self._cells[place] != word:
+            return False
+        return self.state(self._cells[place + 1]).mode is Mode.PASSTHROUGH
+
     # The lock
 
     def _lock(self, base: int) -> None:
@@ -138,6 +169,29 @@ class OpenTable:
         finally:
             self._holder = 0
             self._thread_lock.release()
+
+    @contextmanager
+    def _registering(self, inode: int, close: Callable[[int], None]) -> Iterator[None]:
+        """Let one process at a time register a backing file, after it took back what a dead one left.
+
+        The kernel gives out ids in order (fs/fuse/passthrough.c: idr_alloc_cyclic), so a process that
+        died between its registration and the entry has left the one after the largest.
+        """
+        cells = self._cells
+        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, _REGISTERING)
+        try:
+            if dead := cells[_REGISTERING]:
+                its_id = self.state(dead).backing_id
+                if its_id > cells[_LARGEST_ID]:
+                    cells[_LARGEST_ID] = its_id
+                else:
+                    close(cells[_LARGEST_ID] + 1)
+            cells[_REGISTERING] = inode
+            yield
+            cells[_LARGEST_ID] = max(cells[_LARGEST_ID], self.state(inode).backing_id)
+            cells[_REGISTERING] = 0
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _REGISTERING)
 
     # Entries. All but `_value` and `_state` hold the bucket's lock.
 
@@ -251,6 +305,24 @@ class Held:
             changed = _counted(value, writing, 1) | backing_id << _BACKING_SHIFT
             table._put(self._base, self._inode, changed, request)
         return self.state
+
+    def opened_first(
+        self,
+        register: Callable[[], int],
+        close: Callable[[int], None],
+        *,
+        writing: bool = False,
+        request: int = 0,
+    ) -> OpenState:
+        """Count the first open, with the backing id that *register* returns; 0: none after all.
+
+        *close* takes back an id, known or not. Nobody's id is lost, whoever dies in between.
+        """
+        assert self.may_get_backing, self.state
+        if self._table._was_counted(request):  # And closed again: the kernel does not wait for it.
+            return self.state
+        with self._table._registering(self._inode, close):
+            return self.opened(writing=writing, request=request, backing_id=register())
 
     def closed(self, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one open less; return the state without it.

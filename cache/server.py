@@ -19,10 +19,11 @@ from cache import messages
 from cache.admin import Admin
 from cache.config import MountConfig
 from cache.control import REQUEST_BYTES_MAX
-from cache.counters import Counters
+from cache.counters import Counters, Features
 from cache.errors import SluiceError
 from cache.listing import Changed
 from cache.mover import Mover, TierPlan, run_mover
+from cache.opens import OpenTable
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,9 @@ async def serve_mover(
     config: MountConfig,
     plans: list[TierPlan],
     counters: Counters,
+    opens: OpenTable,
     listeners: Listeners,
-    features: dict[str, Any],
+    features: Features,
     on_ready: Callable[[Mover, WorkerConnections], Awaitable[None]],
     first: bool,
 ) -> None:
@@ -185,7 +187,7 @@ async def serve_mover(
                 pass
             nursery.cancel_scope.cancel()
 
-    await run_mover(config, plans, counters, serve, first=first)
+    await run_mover(config, plans, counters, opens, serve, first=first)
 
 
 async def _accept(

@@ -9,15 +9,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import trio
 
 from cache.config import MountConfig
 from cache.control import runtime_directory, socket_path
-from cache.counters import Counters
+from cache.counters import Counters, Features
 from cache.errors import SluiceError, UsageError
 from cache.mover import Mover, TierPlan
+from cache.opens import OpenTable
 from cache.server import Listeners, WorkerConnections, serve_mover
 
 log = logging.getLogger(__name__)
@@ -65,27 +65,28 @@ def run(
     config: MountConfig,
     plans: list[TierPlan],
     counters: Counters,
+    opens: OpenTable,
     listeners: Listeners,
-    features: dict[str, Any],
+    features: Features,
     *,
     first: bool,
     report: int,
 ) -> int:
     """Run the mover; return its exit status.
 
-    The *first* one checks the lake. It writes "ready", or the error's class and text, to the
-    descriptor *report*; later ones have nobody to tell and go on without the check.
+    The *first* one checks the lake. It writes "ready" and a sample of the lake, or the error's class
+    and text, to the descriptor *report*; later ones have nobody to tell and go on without the check.
     """
     supervisor = os.getppid()
 
     async def until_stopped(mover: Mover, workers: WorkerConnections) -> None:
         if first:
             await mover.check_lake()
-            _report(report, "ready")
+            _report(report, "ready {} {}".format(*await mover.sample_lake()))
         await _wait_for_the_end(supervisor, workers)
 
     try:
-        trio.run(serve_mover, config, plans, counters, listeners, features, until_stopped, first)
+        trio.run(serve_mover, config, plans, counters, opens, listeners, features, until_stopped, first)
         return 0
     except BaseException as caught:
         error = _innermost(caught)

@@ -17,10 +17,13 @@ import pyfuse3
 
 from cache import errors
 from cache.config import MountConfig
-from cache.counters import CounterRow, ShownDirectories
+from cache.counters import CounterRow, Features, ShownDirectories
 from cache.model import Inode
+from cache.opens import OpenTable
+from fusefs import channel
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import ATTRIBUTE_TTL_S, Entry
+from fusefs.passthrough import Passthrough
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -74,12 +77,18 @@ class Operations(pyfuse3.Operations):
     filesystem: Filesystem
     counters: CounterRow
     shown: ShownDirectories | None = None  # Where the kernel caches directories, see channel.c.
+    passthrough: Passthrough | None = None  # Where the kernel agreed to it.
 
-    def __init__(self, config: MountConfig, on_init: Callable[[], None], *, no_open: bool) -> None:
+    def __init__(self, config: MountConfig, on_init: Callable[[], None]) -> None:
         super().__init__()
-        self.no_open = no_open
+        self.no_open = False  # Decided before the first request.
         self._uid, self._gid = config.uid, config.gid
         self._on_init = on_init
+
+    def take_features(self, features: Features, opens: OpenTable, device: int) -> None:
+        """Do as was chosen once the kernel had answered, before the first request."""
+        self.no_open = bool(features["no_open"]["on"])
+        self.passthrough = Passthrough(opens, device) if features["passthrough"]["on"] else None
 
     def init(self) -> None:
         self._on_init()
@@ -164,7 +173,11 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.FileInfo:
         if self.no_open:  # Once for the whole mount: the kernel then sends no OPEN and no RELEASE.
             raise pyfuse3.FUSEError(errno.ENOSYS)
+        request = channel.last_unique()
         handle = await self.filesystem.open_file(Inode(inode))
+        handle, backing_id = self.filesystem.begin(handle, request)  # No await from here on.
+        if backing_id:
+            channel.pass_through(request, backing_id)
         # The inode is one object version, so what the page cache holds of it is good for ever.
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
@@ -175,8 +188,9 @@ class Operations(pyfuse3.Operations):
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # The kernel then sends no more of them.
 
+    @_guarded
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        self.counters.add("requests")
+        self.filesystem.end(fh, channel.last_unique())
 
     @_guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

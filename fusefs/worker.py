@@ -23,6 +23,19 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 10.0  # Beyond the lake's retries, for movers that can't even start.
 
 
+async def shake_hands(handshake: trio.Event) -> None:
+    """Answer INIT, and nothing else.
+
+    pyfuse3 calls `init` and writes the reply in one step without a checkpoint, so once this task
+    runs again the reply is out, and the session's tasks are cancelled before they read on.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main)
+        with trio.fail_after(30):
+            await handshake.wait()
+        nursery.cancel_scope.cancel()
+
+
 def invalidate(entries: list[tuple[int, bytes]]) -> None:
     """Have the kernel forget names that show something else now, in pyfuse3's own thread."""
     for parent, name in entries:
@@ -43,7 +56,17 @@ def equip(
     namespace = Namespace(index, mover, Freshness(config.ttl_s, config.immutable))
     counters.set("pid", os.getpid())
     operations.counters = counters
-    operations.filesystem = Filesystem(index, tiers, mover, namespace, counters, no_open=operations.no_open)
+    if operations.passthrough is not None:
+        operations.passthrough.sweep()
+    operations.filesystem = Filesystem(
+        index,
+        tiers,
+        mover,
+        namespace,
+        counters,
+        no_open=operations.no_open,
+        passthrough=operations.passthrough,
+    )
     return operations.filesystem
 
 
