@@ -117,9 +117,13 @@ class Filesystem:
         if row is None or not row.whole:
             return None
         try:
-            return os.open(self._tiers[row.tier].object_path(node.vid), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._tiers[row.tier].object_path(node.vid), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None  # Just evicted, or the disk fails: cached mode sees to either.
+        if os.fstat(fd).st_size != node.size_bytes:  # Damaged, which the first read will find.
+            os.close(fd)
+            return None
+        return fd
 
     def _node(self, inode: Inode) -> Node:
         node = self._index.node(inode)
