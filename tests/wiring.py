@@ -24,6 +24,7 @@ from cache.lister import Lister
 from cache.listing import Changed
 from cache.model import MIB, ROOT_INODE, Inode, ObjectVersion
 from cache.mover import open_index
+from cache.opens import OpenTable
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -170,6 +171,7 @@ async def open_cache(
     window_bytes_max: int = 16 * MIB,
     ahead_flights_max: int = 4,
     with_tiers: bool = True,
+    opens: OpenTable | None = None,
 ) -> AsyncIterator[Cache]:
     """Open, restore and wire everything; on the way out stop it without saving anything: a crash.
 
@@ -184,7 +186,7 @@ async def open_cache(
     send, receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, retry, seed=1)
     made = [make_tier(path, spec, policy) for spec in tiers]
-    residency = Residency(made, index, committer, lake_engine, disk_engine)
+    residency = Residency(made, index, committer, lake_engine, disk_engine, opens)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
