@@ -15,14 +15,15 @@ from types import FrameType
 from typing import NoReturn
 
 from cache.errors import SluiceError
-from tools.bench import cold_epoch, find, namespace_memory, sequential, warm_epochs
+from tools.bench import cold_epoch, find, large_hits, namespace_memory, opens, sequential, warm_epochs
 from tools.bench.figures import Figure, MeasurementFailed, machine, progress, table
 from tools.bench.settings import Settings
 from tools.mounted import MountFailed
 from tools.servers import ServerError
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Figure]]] = {
-    module.NAME: module.measure for module in (warm_epochs, cold_epoch, sequential, find, namespace_memory)
+    module.NAME: module.measure
+    for module in (warm_epochs, opens, large_hits, cold_epoch, sequential, find, namespace_memory)
 }
 
 
