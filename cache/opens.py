@@ -35,7 +35,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 BUCKETS = 4096
-REQUESTS = 1 << 15  # Between a request and its resending there are fewer others.
+# Of as many requests the table knows whether they were counted. A request may wait for the lake, with
+# another worker answering it meanwhile, for as long as half a million others are answered.
+REQUESTS = 1 << 19
 _SLOTS = 28
 # Words of a bucket. The first four are the change under way; PLACE is 0 when there is none.
 _PLACE, _VALUE, _KEY, _REQUEST, _EXCESS, _KEYS = 0, 1, 2, 3, 4, 8
@@ -120,7 +122,7 @@ class OpenTable:
 
     def abandoned(self) -> list[int]:
         """Return the inodes that are closed but have a backing id still."""
-        cells = self._cells.tolist()
+        cells = self._cells
         found = []
         for base in range(_FIRST_BUCKET, len(cells), _WORDS):
             for inode in filter(None, cells[base + _KEYS : base + _VALUES]):

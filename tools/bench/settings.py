@@ -49,7 +49,8 @@ class Settings:
 def drop_page_cache() -> None:
     """Have the kernel forget the bytes of all files, so that the next reads come from the disk.
 
-    Names and attributes stay known, as in the epochs that follow each other. Raises MeasurementFailed where only root may.
+    Names and attributes stay known, as in the epochs that follow each other. Raises MeasurementFailed where
+    only root may.
     """
     os.sync()
     try:
