@@ -14,9 +14,9 @@ such a process had begun is finished by the next that takes the lock, or had not
 The kernel sends a request again when the worker that had it dies, counted or not. So a change may
 carry the request's own number, and with a number that the table has seen nothing is counted.
 
-An inode that its first open finds closed may get a backing id: the kernel's number for the file that
-it reads and writes in our place (FUSE_PASSTHROUGH). All opens that follow get the same one, until
-the last is closed.
+An open is counted first and answered later, and what is answered first decides for all: either with
+a backing id, the kernel's number for the file that it reads and writes in our place
+(FUSE_PASSTHROUGH), or without one. All answers that follow are the same, until the last is closed.
 
 Where a bucket is full, opens are counted for the bucket only. Until these are closed, the table
 says UNKNOWN of every inode in it that it can't vouch for: take it as open, for writing too.
@@ -49,10 +49,12 @@ OBJECTS = 1 << 14
 _FIRST_OBJECT = REQUESTS
 _REGISTERING, _LARGEST_ID = _FIRST_OBJECT + 2 * OBJECTS, _FIRST_OBJECT + 2 * OBJECTS + 1
 _FIRST_BUCKET = _REGISTERING + 8
-# An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above.
+# An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above, and in the
+# highest bit whether an open was answered without one.
 _READERS_MAX, _WRITERS_MAX = (1 << 20) - 1, (1 << 12) - 1
 _WRITERS_SHIFT, _BACKING_SHIFT = 20, 32
 BACKING_ID_MAX = (1 << 31) - 1
+_ANSWERED_CACHED = 1 << 63
 
 
 class Mode(Enum):
@@ -219,7 +221,7 @@ class OpenTable:
 
     def _state(self, base: int, value: int) -> OpenState:
         readers, writers = value & _READERS_MAX, value >> _WRITERS_SHIFT & _WRITERS_MAX
-        backing_id = value >> _BACKING_SHIFT
+        backing_id = value >> _BACKING_SHIFT & BACKING_ID_MAX
         if backing_id:
             mode = Mode.PASSTHROUGH if readers or writers else Mode.CLOSED
         elif self._cells[base + _EXCESS]:
@@ -286,45 +288,47 @@ class Held:
     def state(self) -> OpenState:
         return self._table._state(self._base, self._table._value(self._base, self._inode))
 
-    @property
-    def may_get_backing(self) -> bool:
-        """Return whether nobody has it open, as far as known, and there is room to write that down."""
-        table = self._table
-        return self.state.mode is Mode.CLOSED and (
-            table._slot(self._base, self._inode) is not None or table._slot(self._base, 0) is not None
-        )
-
-    def opened(self, *, writing: bool = False, request: int = 0, backing_id: int = 0) -> OpenState:
+    def opened(self, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one more open; return the state with it.
 
         *request*: its number, without the bit that says that it was sent again; 0: not known.
-        *backing_id*: the first open says so that this one and all that follow are passed through.
         """
         table, value = self._table, self._table._value(self._base, self._inode)
-        assert not backing_id or (self.may_get_backing and not value >> _BACKING_SHIFT), self.state
-        assert 0 <= backing_id <= BACKING_ID_MAX, backing_id
         if not table._was_counted(request):
-            changed = _counted(value, writing, 1) | backing_id << _BACKING_SHIFT
-            table._put(self._base, self._inode, changed, request)
+            if not self.state.is_open:  # Nor does an id count that the last closer left behind.
+                value = 0
+            table._put(self._base, self._inode, _counted(value, writing, 1), request)
         return self.state
 
-    def opened_first(
-        self,
-        register: Callable[[], int],
-        close: Callable[[int], None],
-        *,
-        writing: bool = False,
-        request: int = 0,
-    ) -> OpenState:
-        """Count the first open, with the backing id that *register* returns; 0: none after all.
+    @property
+    def may_get_backing(self) -> bool:
+        """Return whether it is counted as open, and no open of it was answered yet."""
+        table, value = self._table, self._table._value(self._base, self._inode)
+        is_counted = value & ((1 << _BACKING_SHIFT) - 1) != 0
+        return is_counted and not value >> _BACKING_SHIFT and not table._cells[self._base + _EXCESS]
 
-        *close* takes back an id, known or not. Nobody's id is lost, whoever dies in between.
+    def answered_cached(self) -> None:
+        """An open, counted before, is answered without a backing id: so are all that follow."""
+        table, value = self._table, self._table._value(self._base, self._inode)
+        assert not self.state.backing_id, self.state
+        if value:
+            table._put(self._base, self._inode, value | _ANSWERED_CACHED, 0)
+
+    def answered_with(self, register: Callable[[], int], close: Callable[[int], None]) -> int:
+        """An open, counted before, is answered with the backing id that *register* returns; return it.
+
+        It returns 0 for none after all. *close* takes back an id, known or not. Nobody's id is
+        lost, whoever dies in between.
         """
         assert self.may_get_backing, self.state
-        if self._table._was_counted(request):  # And closed again: the kernel does not wait for it.
-            return self.state
-        with self._table._registering(self._inode, close):
-            return self.opened(writing=writing, request=request, backing_id=register())
+        table = self._table
+        with table._registering(self._inode, close):
+            backing_id = register()
+            assert 0 <= backing_id <= BACKING_ID_MAX, backing_id
+            value = table._value(self._base, self._inode)
+            chosen = backing_id << _BACKING_SHIFT if backing_id else _ANSWERED_CACHED
+            table._put(self._base, self._inode, value | chosen, 0)
+        return backing_id
 
     def closed(self, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one open less; return the state without it.
@@ -356,7 +360,9 @@ def _counted(value: int, writing: bool, step: int) -> int:
     count = value >> shift & most
     if count == most or count + step < 0:
         return value
-    return value + (step << shift)
+    value += step << shift
+    is_open = value & ((1 << _BACKING_SHIFT) - 1)
+    return value if is_open else value & ~_ANSWERED_CACHED
 
 
 def _is_full(value: int, writing: bool) -> bool:

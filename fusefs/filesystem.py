@@ -37,7 +37,7 @@ from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
 log = logging.getLogger(__name__)
 
 WAITED_BIT = 1 << 62  # Of a file handle. Inodes are far smaller.
-COUNTED_BIT = 1 << 59  # The open is counted in the OpenTable, and so is its release.
+COUNTED_BIT = 1 << 58  # The open is counted in the OpenTable, and so is its release.
 _INODE_MASK = COUNTED_BIT - 1
 _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
 _USED_BATCH = 128

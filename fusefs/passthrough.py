@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cache.config import MountConfig
 from cache.model import MIB
-from cache.opens import Held, OpenTable
+from cache.opens import Held, OpenState, OpenTable
 from fusefs import channel, device
 
 log = logging.getLogger(__name__)
@@ -52,33 +52,54 @@ class Passthrough:
         writing: bool = False,
         request: int = 0,
     ) -> int:
-        """Count one more open of *inode*; return the backing id to answer it with, 0 for cached mode.
+        """Count one more open of *inode*; return what `answered` does.
 
-        *backing_fd* is called for the first open only. It returns a descriptor of the file that
-        holds all of the inode's bytes, which is closed here, or None where there is no such file.
-        *vid*: the object version in it, which then does not leave its tier while it is open.
         *request*: `channel.last_unique()`. No await from here to the answer.
         """
         with self.opens.held(inode) as held:
             self._take_back(held)
-            if not held.may_get_backing:
-                return held.opened(writing=writing, request=request).backing_id
-            if (fd := backing_fd()) is None:
-                return held.opened(writing=writing, request=request).backing_id
-            try:
-                if vid:
-                    self.opens.note_object(vid, inode)
-                return held.opened_first(
-                    lambda: self._register(fd), self._close, writing=writing, request=request
-                ).backing_id
-            finally:
-                os.close(fd)
+            held.opened(writing=writing, request=request)
+            return self._answered(held, inode, backing_fd, vid)
 
-    def closed(self, inode: int, *, writing: bool = False, request: int = 0) -> None:
-        """Count one open less, which `opened` had counted."""
+    def counted(self, inode: int, *, writing: bool = False, request: int = 0) -> OpenState:
+        """Count one more open, to be answered later; return the state with it."""
+        with self.opens.held(inode) as held:
+            self._take_back(held)
+            return held.opened(writing=writing, request=request)
+
+    def answered(self, inode: int, backing_fd: Callable[[], int | None], *, vid: bytes = b"") -> int:
+        """Return the backing id to answer an open with that was counted before; 0 for cached mode.
+
+        *backing_fd* is called if no other open of the inode was answered. It returns a descriptor
+        of the file that holds all of the inode's bytes, which is closed here, or None where there
+        is no such file. *vid*: the object version in it, which then does not leave its tier while
+        it is open. No await from here to the answer.
+        """
+        with self.opens.held(inode) as held:
+            return self._answered(held, inode, backing_fd, vid)
+
+    def _answered(self, held: Held, inode: int, backing_fd: Callable[[], int | None], vid: bytes) -> int:
+        state = held.state
+        if state.backing_id and state.is_open:
+            return state.backing_id
+        fd = backing_fd() if held.may_get_backing else None
+        if fd is None:
+            if state.is_open:  # Else it was answered by another worker, and closed since.
+                held.answered_cached()
+            return 0
+        try:
+            if vid:
+                self.opens.note_object(vid, inode)
+            return held.answered_with(lambda: self._register(fd), self._close)
+        finally:
+            os.close(fd)
+
+    def closed(self, inode: int, *, writing: bool = False, request: int = 0) -> OpenState:
+        """Count one open less, however it was answered; return the state without it."""
         with self.opens.held(inode) as held:
             held.closed(writing=writing, request=request)
             self._take_back(held)
+            return held.state
 
     def sweep(self) -> None:
         """Take back what workers that died had not come to take back."""

@@ -542,7 +542,8 @@ async def test_what_the_kernel_reads_itself_stays_where_it_is_until_it_is_closed
         place = cache.residency.place_of(first.id)
         opens.note_object(first.id, 5)
         with opens.held(5) as held:
-            held.opened(backing_id=7)
+            held.opened()
+            held.answered_with(lambda: 7, lambda _: None)
         for version in others:  # More than all tiers hold.
             await cache.fetch(version)
         assert cache.residency.place_of(first.id) == place
@@ -563,6 +564,7 @@ async def test_a_bad_block_leaves_even_while_the_kernel_reads_the_file(tmp_path:
         await cache.fetch(version)
         opens.note_object(version.id, 5)
         with opens.held(5) as held:
-            held.opened(backing_id=7)
+            held.opened()
+            held.answered_with(lambda: 7, lambda _: None)
         await cache.residency.drop(version.id, 0)
         assert cache.residency.place_of(version.id) is None

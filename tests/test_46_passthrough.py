@@ -204,6 +204,37 @@ def test_what_a_worker_killed_in_the_last_close_left_is_taken_back(
         assert kernel.open_ids == {2}
 
 
+def test_an_open_that_waited_is_answered_as_those_that_did_not(
+    kernel: Kernel, workers: list[Passthrough]
+) -> None:
+    first, second = workers
+    for request in (10, 12):
+        first.counted(5, request=request, writing=request == 12)
+    kernel.opened(5, second.opened(5, whole, request=14))
+    for _ in range(2):
+        kernel.opened(5, first.answered(5, missing))
+    for writing in (True, False, False):
+        kernel.closed(5)
+        first.closed(5, writing=writing)
+    assert not kernel.open_ids
+    first.counted(5, request=20)
+    kernel.opened(5, second.opened(5, missing, request=22))
+    kernel.opened(5, first.answered(5, whole))
+    assert not kernel.open_ids
+
+
+def test_an_answer_to_a_request_that_another_worker_answered_long_ago_opens_nothing(
+    kernel: Kernel, workers: list[Passthrough]
+) -> None:
+    slow, quick = workers
+    slow.counted(5, request=10)
+    kernel.opened(5, quick.opened(5, whole, request=10))
+    kernel.closed(5)
+    quick.closed(5, request=12)
+    assert slow.answered(5, whole) == 0
+    assert not slow.opens.state(5).is_open and not kernel.open_ids
+
+
 def test_no_interleaving_mixes_modes(kernel: Kernel, workers: list[Passthrough]) -> None:
     """Answers reach the kernel late, and its RELEASE reaches us late."""
     seed = random.randrange(1 << 32)
@@ -211,10 +242,11 @@ def test_no_interleaving_mixes_modes(kernel: Kernel, workers: list[Passthrough])
     chance = random.Random(seed)
     answers: list[tuple[int, int]] = []
     releases: list[int] = []
+    waiting: list[int] = []
     requests = iter(range(2, 1 << 20, 2))
     for _ in range(20_000):
         worker, inode = chance.choice(workers), chance.randrange(5, 9)
-        match chance.randrange(5):
+        match chance.randrange(7):
             case 0:
                 file = chance.choice((whole, missing))
                 answers.append((inode, worker.opened(inode, file, request=next(requests))))
@@ -225,7 +257,14 @@ def test_no_interleaving_mixes_modes(kernel: Kernel, workers: list[Passthrough])
                 releases.append(inode)
             case 3 if releases:
                 worker.closed(releases.pop(chance.randrange(len(releases))), request=next(requests))
+            case 5:
+                worker.counted(inode, request=next(requests))
+                waiting.append(inode)
+            case 6 if waiting:
+                late = waiting.pop(chance.randrange(len(waiting)))
+                answers.append((late, worker.answered(late, chance.choice((whole, missing)))))
             case 4 if chance.random() < 0.2:  # Time for all to be closed, so that modes change.
+                answers += [(late, worker.answered(late, missing)) for late in waiting]
                 for answer in answers:
                     kernel.opened(*answer)
                 for number, opens in kernel.files.items():
@@ -233,7 +272,7 @@ def test_no_interleaving_mixes_modes(kernel: Kernel, workers: list[Passthrough])
                     opens.clear()
                 for number in releases:
                     worker.closed(number)
-                answers, releases = [], []
+                answers, releases, waiting = [], [], []
                 assert not kernel.open_ids
 
 
