@@ -121,7 +121,7 @@ class SetReadAhead:
 
     def _used_stranger(self, inode: Inode, now_s: float) -> None:
         node = self._index.node(inode)
-        if node is None or not 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+        if node is None or not node.vid or not 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             return
         directory = self._directory(node.parent)
         grown = self._set_at(directory)
@@ -269,9 +269,12 @@ class SetReadAhead:
     def _resident(self, inode: int) -> bytes | None:
         """Return the version id of a file that is cached whole."""
         node = self._index.node(inode)
-        return node.vid if node is not None and self._is_cached(node) else None
+        return node.vid if node is not None and node.vid and self._is_cached(node) else None
 
     def _is_cached(self, node: Node) -> bool:
+        """Return whether nothing has to be fetched: it is cached whole, or no object of the lake (yet)."""
+        if not node.vid or node.staged:
+            return True
         row = self._index.version(node.vid)
         return row is not None and row.whole
 
@@ -283,7 +286,7 @@ class SetReadAhead:
                 if not followed.is_released:
                     return  # It is in use again.
             node = self._index.node(inode)
-            if node is not None:
+            if node is not None and node.vid:
                 self._residency.expect(node.vid, expected=False)
         followed.is_looked_over, followed.evicted_bytes_seen = True, -1  # Its next epoch looks again.
         self._wake.set()
@@ -362,18 +365,20 @@ class SetReadAhead:
             samples.put_back(place)
             followed.has_no_room = followed.waits_for_use = True
             return
-        version = ObjectVersion(self._path_of(node), node.etag, node.size_bytes)
+        version = ObjectVersion(self._key_of(node), node.etag, node.size_bytes, node.vid)
         self._under_way += 1
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
         self._nursery.start_soon(self._fetch, followed, place, version)
 
-    def _path_of(self, node: Node) -> str:
-        """Return the file's path. That of its directory may be old: then the lake has no such object."""
+    def _key_of(self, node: Node) -> str:
+        """Return the file's key. That of its directory may be old: then the lake has no such object."""
+        if node.origin:
+            return os.fsdecode(node.origin)
         folder = self._folders.get(node.parent)
         if folder is None:
             if len(self._folders) >= _DIRECTORIES_MAX:
                 self._folders.clear()
-            path = os.fsdecode(self._index.path_of(node.parent))
+            path = os.fsdecode(self._index.key_of(node.parent))
             folder = self._folders[node.parent] = f"{path}/" if path else ""
         return folder + os.fsdecode(node.name)
 
@@ -397,7 +402,8 @@ class SetReadAhead:
 
     def status(self) -> list[dict[str, Any]]:
         """Return what `sluice status --json` shows under `sets`, the one used last first."""
-        return [self._status_of(followed) for followed in self._sets if followed.samples.epoch]
+        shown = [followed for followed in self._sets if followed.samples.epoch]
+        return [self._status_of(followed) for followed in shown if self._index.node(followed.samples.root)]
 
     def _status_of(self, followed: Followed) -> dict[str, Any]:
         samples, account = followed.samples, followed.account

@@ -109,7 +109,8 @@ class CopyUp:
     async def _stage(self, inode: int, keep_bytes: int) -> None:
         node = self._index.node(inode)
         assert node is not None, inode
-        version = ObjectVersion(os.fsdecode(self._index.key_of(inode)), node.etag, node.size_bytes)
+        key = os.fsdecode(self._index.key_of(inode))
+        version = ObjectVersion(key, node.etag, node.size_bytes, node.vid)
         length = node.size_bytes if keep_bytes < 0 else min(keep_bytes, node.size_bytes)
         number = await self._committer.commit(lambda w: make_staging_file(w, self._staging))
         try:

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,7 +40,6 @@ from cache.pending import (
     PendingTable,
     Put,
     Restate,
-    touched_keys,
     upload_mark,
 )
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, Backoff, Quiet, Schedule, TokenBucket
@@ -147,6 +146,7 @@ class Dispatcher:
         self._dirty_bytes = 0
         self.hurries = 0
         self.urgent: Counter[int] = Counter()  # Inodes that somebody waits for.
+        self._told_of_deadlock = False
         self._wake = trio.Event()
         self.moved_on = trio.Event()  # Set, and replaced, whenever an operation ended.
         self._claim_interrupted()
@@ -160,11 +160,11 @@ class Dispatcher:
         begun = [
             seq
             for seq, row in self._table.rows.items()
-            if isinstance(row, Move | Mark)
+            if isinstance(row, Move | Mark)  # Of these no row says whether it was begun.
             or (isinstance(row, Put) and row.upload_key and row.state != CONFLICT)
         ]
         for seq in [seq for seq in begun if not self._table.blocked(seq)]:
-            self._table.running[seq] = touched_keys(self._table.rows[seq])
+            self._table.running.begin(seq, self._table.rows[seq])
 
     # Scheduling
 
@@ -209,7 +209,7 @@ class Dispatcher:
         self.blocked.discard(seq)
         if seq not in self.busy:
             # Removed while it paused after a failure: what took its place may go on.
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             abandoned = self._uploads.pop(seq, None)
             if abandoned is not None:
                 self._nursery.start_soon(self._abort, *abandoned)
@@ -265,6 +265,7 @@ class Dispatcher:
             status = self._staging.stat(row.staged)
         except SluiceError as error:
             self._note_failure(seq, row, error)
+            self.move_on()
             return now_s + self._config.backoff.refused_s
         self._note_dirty(progress, status.st_size)
         written = self._may_be_written(row)
@@ -358,9 +359,12 @@ class Dispatcher:
         row = self._table.rows[seq]
         if isinstance(row, Put) and row.upload_key not in (b"", row.key):
             return False  # First of all it is settled what became of the earlier key.
-        if isinstance(row, Delete) and row.inode and self._opens is not None:
-            return self._opens.state(row.inode).is_open or self._table.blocked(seq)
-        return self._table.blocked(seq)
+        return self._waits_for_close(row) or self._table.blocked(seq)
+
+    def _waits_for_close(self, row: Pending) -> bool:
+        if not isinstance(row, Delete) or not row.inode or self._opens is None:
+            return False
+        return self._opens.state(row.inode).is_open
 
     def _start_lane(self, lane: str) -> None:
         waiting = self._lanes[lane]
@@ -371,12 +375,13 @@ class Dispatcher:
                 self._queued.discard(seq)
                 if seq not in self._table.rows:
                     self._forget(seq)
-                elif self.must_wait(seq):
-                    self.blocked.add(seq)
-                    self.move_on()
-                elif self._is_due(seq):
+                elif self._is_due(seq) and seq in self._table.rows:
+                    if self.must_wait(seq):
+                        self.blocked.add(seq)
+                        self.move_on()
+                        continue
                     batch.append(seq)
-                    self._table.running[seq] = touched_keys(self._table.rows[seq])
+                    self._table.running.begin(seq, self._table.rows[seq])
             if batch:
                 self.busy.update(batch)
                 self._active[lane] += 1
@@ -440,7 +445,7 @@ class Dispatcher:
             row, progress = self._table.rows.get(seq), self.progress.get(seq)
             stays = isinstance(row, Put | Mark | Move) and progress is not None and progress.attempts > 0
             if not stays or (isinstance(row, Put) and not row.upload_key):
-                self._table.running.pop(seq, None)
+                self._table.running.end(seq)
             if row is None:
                 self._forget(seq)
             else:
@@ -513,16 +518,44 @@ class Dispatcher:
         progress = self.progress[seq]
         progress.attempts, progress.retry_at_s, progress.error, progress.refused = 0, 0.0, "", False
 
-    def count_left(self) -> int:
-        """Return how many operations can be carried out without anybody's help."""
-        left = sum(
-            self._goes_on(seq, row) for seq, row in self._table.rows.items() if seq not in self.blocked
-        )
-        left = max(left, len(self.busy))  # What is under way may have lost its row.
-        return left or sum(not self.must_wait(seq) for seq in self.blocked if seq in self._table.rows)
+    def count_left(self, is_wanted: Callable[[Pending], bool] | None = None) -> int:
+        """Return how many operations are left that go on without anybody's help.
 
-    def goes_on(self, seq: int) -> bool:
-        return self._goes_on(seq, self._table.rows[seq])
+        *is_wanted*: the rows asked about. None: all, and what is under way even if it lost its row.
+        """
+        rows = self._table.rows.items()
+        wanted = [
+            seq for seq, row in rows if self._goes_on(seq, row) and (is_wanted is None or is_wanted(row))
+        ]
+        if not self.blocked.issuperset(wanted):
+            return len(wanted)
+        left = set(wanted) - self._held_up()
+        if not (self.busy or self._table.unseen) and all(map(self.must_wait, left)):
+            self._tell_of_deadlock(left)
+        return len(left) or (len(self.busy) if is_wanted is None else 0)
+
+    def _held_up(self) -> set[int]:
+        """Return the rows that need help, or a close, and those that wait for such a one."""
+        rows = self._table.rows
+        held_up = {
+            seq for seq, row in rows.items() if not self._goes_on(seq, row) or self._waits_for_close(row)
+        }
+        waiting: defaultdict[int, list[int]] = defaultdict(list)
+        for seq in self.blocked - held_up:
+            for other in self._table.blockers(seq) if seq in rows else ():
+                waiting[other].append(seq)
+        left = list(held_up)
+        while left:
+            found = set(waiting.pop(left.pop(), ())) - held_up
+            held_up |= found
+            left += found
+        return held_up
+
+    def _tell_of_deadlock(self, seqs: set[int]) -> None:
+        if seqs and not self._told_of_deadlock:
+            self._told_of_deadlock = True
+            named = ", ".join(str(self._table.rows[seq]) for seq in sorted(seqs)[:5])
+            log.error("pending operations wait for each other, a fault of SluiceFS: %s", named)
 
     def _goes_on(self, seq: int, row: Pending) -> bool:
         if isinstance(row, Local | Orphan) or (isinstance(row, Put) and row.state == CONFLICT):

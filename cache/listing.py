@@ -10,6 +10,7 @@ import msgspec
 
 from cache.index import IndexWriter
 from cache.lake.base import ListPage
+from cache.metadata import attributes_of
 from cache.model import KIND_DIRECTORY, KIND_FILE, KIND_SYMLINK, SYMLINK_SUFFIX, Inode, ObjectInfo
 from cache.overlay import Overlay, is_placeholder
 from cache.policy.names import MARKER_WITH_CONTENT, SHADOWED, WRITTEN_HERE, why_no_name
@@ -26,9 +27,21 @@ def entry_of(part: str) -> tuple[str, int]:
 
 
 def node_of(parent: int, name: bytes, info: ObjectInfo, seen_at_s: float = 0.0) -> Node:
+    """Return what the name shows. Mode, owner and attributes are known of what was asked for by HEAD."""
     version = info.version
     kind = entry_of(version.key)[1]
-    return Node(parent, name, kind, version.size_bytes, info.mtime_ns, version.etag, version.id, seen_at_s)
+    attributes, mtime_ns = attributes_of(info.metadata, info.mtime_ns) if info.metadata else (None, 0)
+    return Node(
+        parent,
+        name,
+        kind,
+        version.size_bytes,
+        mtime_ns if attributes is not None and mtime_ns else info.mtime_ns,
+        version.etag,
+        version.id,
+        seen_at_s,
+        attributes=attributes,
+    )
 
 
 def is_same_content(one: Node, other: Node) -> bool:
@@ -47,8 +60,12 @@ def put_file(w: IndexWriter, node: Node, changed: Changed) -> Inode:
     inode, old = known
     if is_same_content(old, node):
         mtime_ns = node.mtime_ns if old.attributes is None else old.mtime_ns
-        if (old.mtime_ns, old.seen_at_s) != (mtime_ns, node.seen_at_s):
-            w.put_node(inode, msgspec.structs.replace(old, mtime_ns=mtime_ns, seen_at_s=node.seen_at_s))
+        attributes = old.attributes or node.attributes
+        renewed = msgspec.structs.replace(
+            old, mtime_ns=mtime_ns, seen_at_s=node.seen_at_s, attributes=attributes
+        )
+        if renewed != old:
+            w.put_node(inode, renewed)
         return inode
     changed.append((Inode(node.parent), node.name))
     if is_placeholder(old) and old.kind == node.kind:

@@ -210,7 +210,7 @@ class Mover:
 
     def _version(self, inode: Inode) -> ObjectVersion:
         node = self._node(inode)
-        return ObjectVersion(os.fsdecode(self.index.key_of(inode)), node.etag, node.size_bytes)
+        return ObjectVersion(os.fsdecode(self.index.key_of(inode)), node.etag, node.size_bytes, node.vid)
 
     async def save_usage_regularly(self) -> None:
         while True:

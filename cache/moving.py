@@ -19,10 +19,11 @@ from cache.committer import Committer
 from cache.errors import LakeError, ObjectChanged, ObjectExists, ObjectMissing
 from cache.index import Index, IndexWriter
 from cache.journaling import JournalKeeper
+from cache.keys import prefixes
 from cache.lake_io import LakeIO
 from cache.metadata import metadata_of, restated
 from cache.model import Inode, ObjectInfo, ObjectVersion
-from cache.pending import Delete, Mark, Move, PendingTable, Restate, prefixes
+from cache.pending import Delete, Mark, Move, PendingTable, Restate
 from cache.records import Node
 from cache.sending import Stale, run_all
 from cache.uploading import put_origin
@@ -152,7 +153,7 @@ class Moves:
 
     async def _finish(self, seq: int) -> None:
         def change(w: IndexWriter) -> None:
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             self._table.remove(w, seq)
 
         await self._committer.commit(change)
@@ -292,7 +293,7 @@ class Moves:
         def change(w: IndexWriter) -> None:
             for seq in seqs:
                 if seq not in errors:
-                    self._table.running.pop(seq, None)
+                    self._table.running.end(seq)
                     self._table.remove(w, seq)
 
         await self._committer.commit(change)
@@ -318,7 +319,7 @@ class Moves:
         await self._put_marker(row)
 
         def change(w: IndexWriter) -> None:
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             now = self._table.rows.get(seq)
             if now == row:
                 self._table.remove(w, seq)
@@ -343,7 +344,7 @@ class Moves:
             info = await self._copy_in_place(row, node)
 
         def change(w: IndexWriter) -> None:
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             if self._table.rows.get(seq) == row:
                 self._table.remove(w, seq)
             now = w.node(row.inode)

@@ -14,18 +14,17 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
 
 import msgspec
 
 from cache.index import IndexWriter
+from cache.keys import Claims, KeyTree, discard
+from cache.keys import prefixes as prefixes
 from cache.model import SYMLINK_SUFFIX
 from cache.records import Attributes
-
-K = TypeVar("K")
 
 OPEN, SEALED, CONFLICT, FAILED = "open", "sealed", "conflict", "failed"
 ANY_ETAG = "*"  # As base_etag: whatever the lake has there is replaced.
@@ -190,13 +189,6 @@ def touched_keys(row: Pending) -> tuple[bytes, ...]:
             return (row.key,)
 
 
-def parents(path: bytes) -> Iterator[bytes]:
-    """Yield the directories above *path*, nearest first, without the root."""
-    while (slash := path.rfind(b"/")) > 0:
-        path = path[:slash]
-        yield path
-
-
 class KeyWatch:
     """Which names of one directory operations touched since it was opened: what a listing that runs
     meanwhile says of them may be older than what the mount shows.
@@ -228,6 +220,39 @@ class KeyWatch:
                 self.moved = True
 
 
+class Running(Mapping[int, tuple[bytes, ...]]):
+    """The keys of the operations that are under way, as they were when each began.
+
+    An operation stays until `end`, also when its row was changed or removed meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[int, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {}
+        self._claims = Claims()
+
+    def __getitem__(self, seq: int) -> tuple[bytes, ...]:
+        return self._begun[seq][0]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._begun)
+
+    def __len__(self) -> int:
+        return len(self._begun)
+
+    def begin(self, seq: int, row: Pending) -> None:
+        self.end(seq)
+        self._begun[seq] = keys, trees = touched_keys(row), touched_trees(row)
+        self._claims.add(seq, keys, trees)
+
+    def end(self, seq: int) -> None:
+        """It is known how it ended, if it was under way."""
+        if seq in self._begun:
+            self._claims.discard(seq, *self._begun.pop(seq))
+
+    def on(self, key: bytes, *, whole_tree: bool) -> Iterator[int]:
+        return self._claims.on(key, whole_tree=whole_tree)
+
+
 class PendingTable:
     """All pending rows by their sequence numbers; a later operation has the greater number.
 
@@ -238,14 +263,10 @@ class PendingTable:
     def __init__(self) -> None:
         self.rows: dict[int, Pending] = {}
         self._next_seq = 1
-        self._by_path: defaultdict[bytes, set[int]] = defaultdict(set)
-        self._by_key: defaultdict[bytes, set[int]] = defaultdict(set)
+        self._by_path = KeyTree()  # Placed rows only.
         self._by_inode: defaultdict[int, set[int]] = defaultdict(set)
-        self._trees: dict[int, tuple[bytes, ...]] = {}
-        # Invariant: for each directory, how many placed rows are at or below it.
-        self._below: Counter[bytes] = Counter()
-        self._keys_below: Counter[bytes] = Counter()  # The same for touched keys, by prefix with "/".
-        self.running: dict[int, tuple[bytes, ...]] = {}  # Keys of what is being sent, row there or not.
+        self._claims = Claims()
+        self.running = Running()
         # What the journal has not got yet, in the order of the last change of each row.
         self.unjournaled: dict[int, Pending | None] = {}
         self.on_change: Callable[[], None] = _nothing  # The journal's keeper, once there is one.
@@ -288,13 +309,9 @@ class PendingTable:
 
     def rename_tree(self, w: IndexWriter, old: bytes, new: bytes) -> None:
         """Give all placed rows below the directory *old* their paths below *new*."""
-        if not self._below[old]:
-            return
-        prefix = old + b"/"
-        for seq, row in list(self.rows.items()):
-            path = path_of(row)
-            if path is not None and path.startswith(prefix) and seq not in self._moving_tree(row):
-                renamed = msgspec.structs.replace(row, path=new + path[len(old) :])
+        for seq, row in self.below(old):
+            if seq not in self._moving_tree(row):
+                renamed = msgspec.structs.replace(row, path=new + row.path[len(old) :])
                 self.replace(w, seq, renamed)
 
     def _moving_tree(self, row: Pending) -> Iterable[int]:
@@ -324,15 +341,8 @@ class PendingTable:
         self._by_inode[row.inode].add(seq)
         path = path_of(row)
         if path is not None:
-            self._by_path[path].add(seq)
-            self._below[path] += 1
-            self._below.update(parents(path))
-        for key in touched_keys(row):
-            self._by_key[key].add(seq)
-            self._keys_below.update(prefixes(key))
-        trees = tuple(key for key in touched_keys(row) if is_tree(row, key))
-        if trees:
-            self._trees[seq] = trees
+            self._by_path.add(path, seq)
+        self._claims.add(seq, touched_keys(row), touched_trees(row))
 
     def _drop(self, seq: int) -> bool:
         row = self.rows.pop(seq, None)
@@ -340,24 +350,18 @@ class PendingTable:
             return False
         for watch in self._watches:
             watch.note(row)
-        _discard(self._by_inode, row.inode, seq)
+        discard(self._by_inode, row.inode, seq)
         path = path_of(row)
         if path is not None:
-            _discard(self._by_path, path, seq)
-            for directory in (path, *parents(path)):
-                _count_down(self._below, directory)
-        for key in touched_keys(row):
-            _discard(self._by_key, key, seq)
-            for prefix in prefixes(key):
-                _count_down(self._keys_below, prefix)
-        self._trees.pop(seq, None)
+            self._by_path.discard(path, seq)
+        self._claims.discard(seq, touched_keys(row), touched_trees(row))
         return True
 
     # Questions
 
     def at(self, path: bytes) -> list[tuple[int, Placed]]:
         """Return the rows that stand for *path*, oldest first."""
-        found = [(seq, self.rows[seq]) for seq in sorted(self._by_path.get(path, ()))]
+        found = [(seq, self.rows[seq]) for seq in sorted(self._by_path.at(path))]
         return found  # type: ignore[return-value]  # Only placed rows are in _by_path.
 
     def of_inode(self, inode: int) -> list[tuple[int, Pending]]:
@@ -366,16 +370,12 @@ class PendingTable:
 
     def below(self, directory: bytes) -> list[tuple[int, Placed]]:
         """Return the rows that stand for paths below *directory*, oldest first."""
-        if not self._below[directory]:
-            return []
-        prefix = directory + b"/"
-        paths = ((seq, row, path_of(row)) for seq, row in sorted(self.rows.items()))
-        found = [(seq, row) for seq, row, path in paths if path is not None and path.startswith(prefix)]
-        return found  # type: ignore[return-value]  # Only placed rows have a path.
+        found = [(seq, self.rows[seq]) for seq in sorted(set(self._by_path.below(directory + b"/")))]
+        return found  # type: ignore[return-value]  # Only placed rows are in _by_path.
 
     def touching(self, key: bytes) -> list[tuple[int, Pending]]:
         """Return the rows that read or write exactly *key*, oldest first."""
-        return [(seq, self.rows[seq]) for seq in sorted(self._by_key.get(key, ()))]
+        return [(seq, self.rows[seq]) for seq in sorted(self._claims.at(key))]
 
     def put_at(self, path: bytes) -> tuple[int, Put] | None:
         for seq, row in self.at(path):
@@ -385,7 +385,7 @@ class PendingTable:
 
     def keeps(self, path: bytes) -> bool:
         """Return whether the mount shows something at or below *path* that the lake may not list."""
-        return self._below[path] > 0
+        return bool(self._by_path.at(path)) or self._by_path.has_below(path + b"/")
 
     def hides(self, key: bytes, *, through: bytes = b"") -> bool:
         """Return whether what the lake has under *key* is deleted or moved away already.
@@ -393,12 +393,12 @@ class PendingTable:
         A *key* that ends in "/" is a directory that a listing rolled up. *through*: the origin of
         the directory that is listed, if it has one: it is shown under its new path.
         """
-        for seq in self._by_key.get(key, ()):
+        for seq in self._claims.at(key):
             row = self.rows[seq]
             if isinstance(row, Delete) or (isinstance(row, Move) and row.source == key != through):
                 return True
         for prefix in prefixes(key):
-            for seq in () if through.startswith(prefix) else self._by_key.get(prefix, ()):
+            for seq in () if through.startswith(prefix) else self._claims.at(prefix):
                 row = self.rows[seq]
                 if isinstance(row, Move) and row.source == prefix:
                     return True
@@ -406,43 +406,25 @@ class PendingTable:
 
     def blocked(self, seq: int) -> bool:
         """Return whether an earlier operation, or one under way, touches the same keys: it goes first."""
+        return next(self.blockers(seq), None) is not None
+
+    def blockers(self, seq: int) -> Iterator[int]:
+        """Yield the operations that go before *seq*; one may come several times."""
+        trees = touched_trees(self.rows[seq])
         for key in touched_keys(self.rows[seq]):
-            if self._touched_before(seq, key, is_tree(self.rows[seq], key)):
-                return True
-        return False
+            earlier = self._claims.on(key, whole_tree=key in trees)
+            yield from (other for other in earlier if other < seq)
+            running = self.running.on(key, whole_tree=key in trees)
+            yield from (other for other in running if other != seq)
 
     def touched_after(self, seq: int, key: bytes) -> bool:
         """Return whether a later operation, or another one under way, touches *key* or, where that
         is a directory's, what is below it.
         """
-        exact = any(other > seq for other in self._by_key.get(key, ()))
-        if exact or any(other > seq and _overlaps(key, trees) for other, trees in self._trees.items()):
+        whole_tree = key.endswith(b"/")
+        if any(other > seq for other in self._claims.on(key, whole_tree=whole_tree)):
             return True
-        for other, keys in self.running.items():
-            if other != seq and any(_same_place(key, running) for running in keys):
-                return True
-        if not key.endswith(b"/") or self._keys_below[key] == 0:
-            return False
-        later = (row for other, row in self.rows.items() if other > seq)
-        return any(touched.startswith(key) for row in later for touched in touched_keys(row))
-
-    def _touched_before(self, seq: int, key: bytes, whole_tree: bool) -> bool:
-        if any(other < seq for other in self._by_key.get(key, ())):
-            return True
-        if any(other < seq and _overlaps(key, trees) for other, trees in self._trees.items()):
-            return True
-        for other, keys in self.running.items():
-            if other != seq and any(_same_place(key, running) for running in keys):
-                return True
-        return whole_tree and self._below_before(seq, key)
-
-    def _below_before(self, seq: int, prefix: bytes) -> bool:
-        if self._keys_below[prefix] == 0:
-            return False
-        return any(
-            other < seq and any(key.startswith(prefix) for key in touched_keys(row))
-            for other, row in self.rows.items()
-        )
+        return any(other != seq for other in self.running.on(key, whole_tree=whole_tree))
 
 
 def path_of(row: Pending) -> bytes | None:
@@ -450,41 +432,12 @@ def path_of(row: Pending) -> bytes | None:
     return None if isinstance(row, Delete | Orphan) else row.path
 
 
-def is_tree(row: Pending, key: bytes) -> bool:
-    """Return whether the operation concerns all below *key*. A directory's marker goes last."""
-    return key.endswith(b"/") and isinstance(row, Move | Delete)
-
-
-def prefixes(key: bytes) -> Iterator[bytes]:
-    """Yield the prefixes of *key* that end in "/", itself not among them."""
-    end = len(key) - 1 if key.endswith(b"/") else len(key)
-    while (slash := key.rfind(b"/", 0, end)) > 0:
-        yield key[: slash + 1]
-        end = slash
-
-
-def _overlaps(key: bytes, trees: tuple[bytes, ...]) -> bool:
-    return any(key.startswith(tree) for tree in trees)
-
-
-def _same_place(key: bytes, other: bytes) -> bool:
-    """Return whether two keys are one, or one is a directory that holds the other."""
-    if key == other:
-        return True
-    return (other.endswith(b"/") and key.startswith(other)) or (key.endswith(b"/") and other.startswith(key))
+def touched_trees(row: Pending) -> tuple[bytes, ...]:
+    """Return those of the touched keys below which all is concerned. A directory's marker goes last."""
+    if not isinstance(row, Move | Delete):
+        return ()
+    return tuple(key for key in touched_keys(row) if key.endswith(b"/"))
 
 
 def _nothing() -> None:
     """Nobody wants to know."""
-
-
-def _discard(sets: defaultdict[K, set[int]], key: K, seq: int) -> None:
-    sets[key].discard(seq)
-    if not sets[key]:
-        del sets[key]
-
-
-def _count_down(counter: Counter[bytes], key: bytes) -> None:
-    counter[key] -= 1
-    if counter[key] <= 0:
-        del counter[key]

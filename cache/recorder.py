@@ -45,7 +45,7 @@ class Recorder:
 
     def _note_read(self, inode: Inode, offset: int, length: int, now_s: float) -> None:
         node = self._index.node(inode)
-        if node is None or not length or offset >= node.size_bytes:
+        if node is None or not node.vid or not length or offset >= node.size_bytes:
             return
         if node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             self._note_item(node.vid, node.size_bytes, now_s)

@@ -136,7 +136,7 @@ class RowChanges:
         be waiting to be put there.
         """
         if isinstance(row, Move) and row.source != row.key:
-            self._table.replace(self._w, seq, Delete(row.source, row.inode))
+            self._table.replace(self._w, seq, Delete(row.source, 0 if row.is_tree else row.inode))
         else:
             self._table.remove(self._w, seq)
 
@@ -146,7 +146,7 @@ class RowChanges:
             brought = [
                 (seq, row)
                 for seq, row in self._table.touching(key)
-                if isinstance(row, Put | Mark | Move) and row.key == key
+                if isinstance(row, Put | Mark | Move) and row.key == key and not _is_done(row)
             ]
             for seq, row in brought:
                 if isinstance(row, Put) and row.state != CONFLICT:
@@ -275,6 +275,7 @@ class RowChanges:
             self._table.remove(self._w, seq)
             self._table.add(self._w, moved)
             self._delete([row.key] if row.replaces else [], 0)
+            self._delete_moved_along(row.source, moved)
         else:
             self._table.add(self._w, replace(moved, source=row.key))
         return True
@@ -288,6 +289,7 @@ class RowChanges:
             self._table.remove(self._w, seq)
         else:
             self._table.replace(self._w, seq, moved)
+            self._delete_moved_along(row.source, moved)
         self._delete([row.key] if row.replaces else [], 0)
         return True
 
@@ -329,17 +331,17 @@ class RowChanges:
             return self._add_move(inode, node, origin, new, replaces=replaces), carried
         seq, row = moves[-1]
         if self._retarget_in_place(seq, row, new, replaces=replaces):
-            if seq in self._table.rows:
-                self._delete_moved_along(row.source, new + b"/")
             return (node.origin if self._moves_of(inode) else b""), False
         self._table.add(self._w, replace(row, source=row.key, path=new, replaces=replaces))
         return node.origin, row.path == self._w.path_of(inode)
 
-    def _delete_moved_along(self, source: bytes, target: bytes) -> None:
-        """A move that was to end elsewhere brings what was deleted of its source to *target* now."""
+    def _delete_moved_along(self, source: bytes, moved: Move) -> None:
+        """A directory's move that ends elsewhere than it was to brings what was deleted there, too."""
+        if not moved.is_tree:
+            return
         keys = [row.key for row in self._table.rows.values() if isinstance(row, Delete)]
         below = [key for key in keys if key.startswith(source) and key != source]
-        self._delete((target + key[len(source) :] for key in below), 0)
+        self._delete((moved.key + key[len(source) :] for key in below), 0)
 
     def _move_row(self, seq: int, row: Placed, path: bytes, *, carried: bool) -> None:
         """Have a row below a directory that was renamed stand for *path*.
@@ -401,3 +403,7 @@ class RowChanges:
             return
         if not any(isinstance(row, Mark) for _, row in self._table.of_inode(directory)):
             self._table.add(self._w, Mark(self._w.path_of(directory), directory, node.attributes))
+
+
+def _is_done(row: Pending) -> bool:
+    return isinstance(row, Move) and row.copied

@@ -8,6 +8,7 @@ Space is charged before bytes are written and given back after they are unlinked
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -377,7 +378,9 @@ class Residency:
                 if tier.files.is_beside(path):
                     return place
             except CacheError as error:
-                log.warning("%s", error)
+                if not os.path.lexists(path):
+                    return None  # Its name went while it was sent: *commit* will see.
+                log.warning("%s: can't be kept in the cache: %s", path, error)
         return None
 
     def add_sparse(self, vid: bytes, state: Sparse) -> None:

@@ -60,7 +60,8 @@ class Survey:
             if entry is None:
                 stack.pop()
             elif not entry[1].is_directory:
-                found.note_file(*entry)
+                if entry[1].vid:  # Else the lake has no such object (yet).
+                    found.note_file(*entry)
             elif candidate.deep:
                 found.note_directory(entry[0], self._index)
                 stack.append(self._entries(entry[0]))

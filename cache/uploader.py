@@ -40,6 +40,8 @@ from cache.uploading import Receipt
 log = logging.getLogger(__name__)
 
 _RECEIPTS_MAX = 10_000
+_RECOUNT_S = 1.0  # Who drains counts again so often, also while nothing ends,
+_COUNT_SHARE = 20  # and at most for this part of the time: there may be very many rows.
 replace = msgspec.structs.replace
 
 
@@ -67,6 +69,7 @@ class Uploader:
         self._staging = staging
         self._refresh_entry = refresh_entry
         self._receipts: OrderedDict[bytes, Receipt] = OrderedDict()
+        self._counted_for_s = 0.0
         self._dispatcher = Dispatcher(
             nursery,
             lake,
@@ -143,16 +146,20 @@ class Uploader:
             while left := self._count_left(below):
                 if on_progress is not None:
                     on_progress(left, dispatcher.dirty_bytes)
-                await dispatcher.moved_on.wait()
+                await self._recount_pause(dispatcher.moved_on)
         finally:
             dispatcher.hurries -= 1
 
     def _count_left(self, below: bytes) -> int:
-        left = self._dispatcher.count_left()
-        if not (left and below):
-            return left
-        rows = self._table.rows.items()
-        return sum(_is_at(row, below) and self._dispatcher.goes_on(seq) for seq, row in rows)
+        started_s = time.monotonic()
+        left = self._dispatcher.count_left(partial(_is_at, path=below) if below else None)
+        self._counted_for_s = time.monotonic() - started_s
+        return left
+
+    async def _recount_pause(self, moved_on: trio.Event) -> None:
+        with trio.move_on_after(_RECOUNT_S):
+            await moved_on.wait()
+        await trio.sleep(_COUNT_SHARE * self._counted_for_s)
 
     # Telling
 

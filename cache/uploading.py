@@ -185,6 +185,9 @@ class Puts:
                 return await self._send_once(seq, row, content, summed, on_sent)
             except (ObjectChanged, ObjectExists, ObjectMissing) as refused:
                 present = await self._head(content.key)
+                now = self._row(seq)
+                if (now.key, now.base_etag) != (row.key, row.base_etag):
+                    continue  # Since then it is known what is there.
                 if present is not None and self._is_this(present, content, summed):
                     return present
                 if isinstance(refused, ObjectMissing):
@@ -269,7 +272,7 @@ class Puts:
             if not isinstance(now, Put) or now.key != os.fsencode(content.key):
                 return False
             settled = unsent(replace(now, state=CONFLICT, error=str(refused)))
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             self._table.replace(w, seq, settled)
             return True
 
@@ -296,7 +299,7 @@ class Puts:
 
         def change(w: IndexWriter) -> None:
             now = self._table.rows.get(seq)
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             if isinstance(now, Put) and now.upload_key == row.upload_key:
                 self._release_key(w, seq, now, Delete(now.upload_key) if ours else None)
 
@@ -331,6 +334,7 @@ class Puts:
         self, seq: int, sent: Put, content: Content, info: ObjectInfo, land: Land | None
     ) -> bool:
         """Commit that the lake has it, if it still is what was sent; return whether. No await in here."""
+        self._committer.flush()  # What waits may change the row; nothing of others happens from here on.
         row = self._table.rows.get(seq)
         if not isinstance(row, Put) or row.staged != sent.staged:
             return False
@@ -341,7 +345,6 @@ class Puts:
             return True
         if self._opens is None:
             return False  # Nobody knows who has it open.
-        self._committer.flush()  # Nothing of others happens while the inode is held.
         with self._opens.held(row.inode) as held:
             if held.state.may_be_written or not self._is_unchanged(content):
                 return False
@@ -369,7 +372,7 @@ class Puts:
         row = self._table.rows[seq]
         assert isinstance(row, Put)
         key, etag, size_bytes = os.fsencode(content.key), info.version.etag, info.version.size_bytes
-        self._table.running.pop(seq, None)
+        self._table.running.end(seq)
         node = w.node(row.inode)
         if node is not None:
             vid = info.version.id
@@ -400,7 +403,7 @@ class Puts:
 
         def change(w: IndexWriter) -> None:
             row = self._table.rows.get(seq)
-            self._table.running.pop(seq, None)
+            self._table.running.end(seq)
             if not isinstance(row, Put):
                 return  # Who took it away added a Delete of the key.
             row = replace(row, state=SEALED if row.state == FAILED else row.state, error="")

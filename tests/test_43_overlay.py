@@ -824,3 +824,21 @@ def test_a_name_that_the_lake_cannot_hold_is_refused(
 def test_a_pending_row_knows_its_own_kind_of_key() -> None:
     rows: list[Pending] = [Mark(b"d", 1), Delete(b"k"), Put(b"l", 1, KIND_SYMLINK, 0, "", ATTRIBUTES)]
     assert [row.key for row in rows] == [b"d/", b"k", b"l.rclonelink"]
+
+
+async def test_what_was_asked_for_by_name_shows_the_mode_and_time_of_its_metadata(tmp_path: Path) -> None:
+    """A listing does not tell them, and does not undo them."""
+    lake = WatchedLake()
+    metadata = {"mode": "0750", "uid": "7", "gid": "8", "mtime": "1700000000.5"}
+    lake.put("script", b"x", metadata=metadata)
+    async with open_cache(tmp_path, lake) as cache:
+        await cache.lister.list_directory(ROOT_INODE)
+        assert cache.names()["script"][1].attributes is None
+        for again in range(2):
+            await cache.lister.refresh_entry(ROOT_INODE, b"script")
+            expire(cache)
+            if again:
+                await cache.lister.list_directory(ROOT_INODE)
+            node = cache.names()["script"][1]
+            assert node.attributes is not None and node.mtime_ns == 1_700_000_000_500_000_000
+            assert (node.attributes.mode, node.attributes.uid, node.attributes.gid) == (0o750, 7, 8)

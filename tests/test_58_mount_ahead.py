@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 from typing import Any
 
@@ -48,7 +49,8 @@ def test_the_rest_of_an_epoch_is_fetched_ahead(mounting: Mounting, train: Folder
     assert mount.requests()["get"] == len(PATHS)
     shown = the_set(mount)
     assert (shown["path"], shown["files"], shown["bytes"]) == ("train", 400, 400 * SIZE)
-    assert (shown["epoch"], shown["order"], shown["wasted_bytes"]) == (1, "unknown", 0)
+    assert (shown["epoch"], shown["wasted_bytes"]) == (1, 0)
+    assert shown["order"] in ("unknown", "python with seed 1")  # It is found from the opens, if in time.
     read(mount, order[60:])
     assert mount.requests()["get"] == len(PATHS)
 
@@ -92,7 +94,7 @@ def test_status_shows_sets_to_people(mounting: Mounting, train: Folder) -> None:
     until(lambda: the_set(mount).get("cached_share") == 1.0, "all of the set is cached")
     shown = sluice("status", mount.directory).stdout
     assert "set train" in shown and "epoch 1, " in shown and "100% cached of 400 files" in shown
-    assert "shuffled, order unknown; read-ahead: done" in shown
+    assert re.search(r"shuffled, order .+; read-ahead: done", shown), shown
 
 
 def test_a_mover_that_is_replaced_recognises_the_set_anew(mounting: Mounting, train: Folder) -> None:

@@ -474,12 +474,16 @@ def test_evict_tells_what_was_freed(fake: FakeMount, capsys: pytest.CaptureFixtu
     assert err == f"sluice: {fake.mountpoint}/a: is open\n"
 
 
+NOTHING_LEFT: dict[str, Any] = {"receipts": [], "errors": []}
+
+
 def test_umount_drains_then_unmounts_then_waits_for_the_supervisor(
     fake: FakeMount, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor = subprocess.Popen(["sleep", "600"])
     fake.answers["status"][0]["result"]["processes"]["supervisor"] = supervisor.pid
     progress = {"done": 1024, "total": 2048, "unit": "bytes"}
+    fake.answers["sync"] = [{"progress": {**progress, "left": 1, "trouble": None}}, {"result": NOTHING_LEFT}]
     fake.answers["drain"] = [{"progress": progress}, {"result": {"bytes": 2048}}]
     verbs_at_unmount: list[str] = []
 
@@ -489,12 +493,83 @@ def test_umount_drains_then_unmounts_then_waits_for_the_supervisor(
 
     assert umount.main([str(fake.mountpoint)], unmount) == 0
     assert supervisor.wait() == -signal.SIGKILL
-    assert verbs_at_unmount == ["status", "drain"]
+    assert verbs_at_unmount == ["status", "sync", "drain"]
     assert capsys.readouterr().out == f"moved 2.0 KiB from memory to disk\nunmounted {fake.mountpoint}\n"
+
+
+def test_umount_refuses_while_the_lake_lacks_something_and_lazy_leaves_it(fake: FakeMount) -> None:
+    fake.answers["status"][0]["result"]["processes"]["supervisor"] = os.getpid()
+    failed = {"path": "a/b", "error": "conflict: exists already"}
+    fake.answers["sync"] = [{"result": {"receipts": [], "errors": [failed]}}]
+    fake.answers["drain"] = [{"result": {"bytes": 0}}]
+    with pytest.raises(SluiceError, match=r"1 failed, the first: .*/a/b: conflict: .*--lazy"):
+        umount.main([str(fake.mountpoint)], lambda mountpoint: pytest.fail("unmounted"))
+
+    def unmount(mountpoint: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        umount.main(["--lazy", str(fake.mountpoint)], unmount)
+    assert [request["verb"] for request in fake.requests] == ["status", "sync", "status", "drain"]
+
+
+RECEIPT = {"path": "a", "key": "a", "etag": '"e"', "size": 3, "checksum": "xxh3:1", "time": 1.5}
+
+
+def test_sync_prints_receipts_and_fails_for_what_the_lake_lacks(
+    fake: FakeMount, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["sync"] = [{"result": {"receipts": [RECEIPT], "errors": []}}]
+    assert cli.main(["sync", str(fake.mountpoint / "a")]) == 0
+    assert fake.requests == [{"verb": "sync", "paths": ["a"]}]
+    assert capsys.readouterr().out == f'{fake.mountpoint}/a  3 B  etag "e"  xxh3:1\n'
+    fake.answers["sync"][0]["result"]["errors"] = [{"path": "b", "error": "failed: denied"}]
+    assert cli.main(["sync", "--quiet", str(fake.mountpoint)]) == 1
+    assert capsys.readouterr() == ("", f"sluice: {fake.mountpoint}/b: failed: denied\n")
+    assert cli.main(["sync", "--json", str(fake.mountpoint)]) == 1
+    assert json.loads(capsys.readouterr().out)["receipts"][0]["etag"] == '"e"'
+
+
+ENTRY = {
+    "path": "c/d",
+    "operation": "put",
+    "state": "conflict",
+    "bytes": 2048,
+    "sent": 0,
+    "error": "exists already",
+    "since": 1.0,
+}
+
+
+def test_queue_shows_what_waits_and_fails_for_what_failed(
+    fake: FakeMount, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["queue"] = [{"result": {"entries": [ENTRY], "total": 1, "dirty_bytes": 2048}}]
+    assert cli.main(["queue", str(fake.mountpoint)]) == 1
+    out = capsys.readouterr().out
+    assert "1 waiting, 2.0 KiB to send" in out and "c/d" in out and "exists already" in out
+    assert cli.main(["queue", "--json", str(fake.mountpoint)]) == 1
+    assert json.loads(capsys.readouterr().out)["entries"] == [ENTRY]
+    fake.answers["queue"] = [{"result": {"entries": [], "total": 0, "dirty_bytes": 0}}]
+    assert cli.main(["queue", str(fake.mountpoint)]) == 0
+    assert capsys.readouterr().out == f"{fake.mountpoint}: the lake has everything\n"
+
+
+def test_queue_retries_and_resolves(fake: FakeMount, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["retry"] = [{"result": {"retried": 2}}]
+    assert cli.main(["queue", "retry", str(fake.mountpoint / "a")]) == 0
+    assert capsys.readouterr().out == "2 tried again\n"
+    fake.answers["resolve"] = [{"result": {"errors": [{"path": "a", "error": "a: there is no conflict"}]}}]
+    assert cli.main(["queue", "resolve", "--keep", "ours", str(fake.mountpoint / "a")]) == 1
+    assert capsys.readouterr().err == f"sluice: {fake.mountpoint}/a: a: there is no conflict\n"
+    assert fake.requests[-1] == {"verb": "resolve", "paths": ["a"], "keep": "ours"}
+    assert cli.main(["queue", "resolve", "--keep", "both", str(fake.mountpoint / "a")]) == 2
+    assert "--keep both: must be ours or theirs" in capsys.readouterr().err
 
 
 def test_a_supervisor_that_stays_is_a_failure(fake: FakeMount, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.answers["status"][0]["result"]["processes"]["supervisor"] = os.getpid()
+    fake.answers["sync"] = [{"result": NOTHING_LEFT}]
     fake.answers["drain"] = [{"error": "disk full"}]  # Costs the tier in memory, not the unmount.
     monkeypatch.setattr(umount, "SUPERVISOR_EXIT_S", 0.01)
     with pytest.raises(SluiceError, match="unmounted, but its processes still run"):
