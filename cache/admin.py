@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from cache.counters import Features
 from cache.errors import SluiceError, UsageError
 from cache.model import ROOT_INODE, Inode
 from cache.mover import Mover
@@ -18,6 +19,7 @@ from cache.write_admin import WriteAdmin
 
 Progress = Callable[[dict[str, Any]], Awaitable[bool]]  # Returns whether the command still listens.
 
+_REQUESTS_SHOWN = ("requests", "opens", "opens_passed_through", "reads", "lookups")
 _LS_LIMIT_MAX = 100_000
 _TRACE_S_MAX = 7 * 86400.0
 _TRACE_PART = 10_000
@@ -26,9 +28,9 @@ _RANKED = 100_000  # How deep the order of leaving is looked at.
 
 
 class Admin:
-    """Answers the control socket. *features*: name -> {"on": bool, "reason": str}."""
+    """Answers the control socket."""
 
-    def __init__(self, mover: Mover, features: dict[str, Any], supervisor_pid: int) -> None:
+    def __init__(self, mover: Mover, features: Features, supervisor_pid: int) -> None:
         self._mover = mover
         self._features = features
         self._supervisor_pid = supervisor_pid
@@ -76,7 +78,7 @@ class Admin:
             "immutable": config.immutable,
             "ttl_s": config.ttl_s,
             "uptime_s": round(time.time() - mover.started_at_s, 1),
-            "features": self._features,
+            "features": dict(self._features),
             "processes": {
                 "supervisor": self._supervisor_pid,
                 "workers": [pid for pid in pids if pid],
@@ -110,7 +112,7 @@ class Admin:
                     "nvme": totals["bytes_nvme"],
                     "lake": totals["bytes_lake"] + totals["bytes_through"],
                 },
-                "requests": {name: totals[name] for name in ("requests", "opens", "reads", "lookups")},
+                "requests": {name: totals[name] for name in _REQUESTS_SHOWN},
                 "waits": totals["waits"],
                 "wait_s": totals["wait_us"] / 1e6,
                 "errors": totals["errors"],

@@ -6,14 +6,17 @@ tear, so no lock is needed. A process that replaces a dead one goes on with its 
 
 from __future__ import annotations
 
+import json
 import mmap
 import struct
+from collections.abc import Iterator, MutableMapping
 
 import xxhash
 
 NAMES = (
     "requests",  # FUSE requests of any kind.
     "opens",
+    "opens_passed_through",  # Their reads go to the tier's file without a request.
     "reads",
     "lookups",
     "bytes_dram",  # READ bytes by where they were found.
@@ -84,6 +87,41 @@ class CounterRow:
 
     def set(self, name: str, value: int) -> None:
         self._cells[_PLACE[name]] = value
+
+
+class Features(MutableMapping[str, dict[str, object]]):
+    """What the mount can do and why: name -> {"on": bool, "reason": str}, in shared memory.
+
+    The supervisor writes it, the mover shows it, and some is known only once the mover runs.
+    """
+
+    BYTES_MAX = 1 << 14
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, self.BYTES_MAX)
+
+    def _all(self) -> dict[str, dict[str, object]]:
+        packed = self._memory[:].rstrip(b"\0")
+        return dict(json.loads(packed)) if packed else {}
+
+    def _store(self, features: dict[str, dict[str, object]]) -> None:
+        packed = json.dumps(features).encode()
+        self._memory[:] = packed.ljust(self.BYTES_MAX, b"\0")
+
+    def __getitem__(self, name: str) -> dict[str, object]:
+        return self._all()[name]
+
+    def __setitem__(self, name: str, feature: dict[str, object]) -> None:
+        self._store({**self._all(), name: feature})
+
+    def __delitem__(self, name: str) -> None:
+        self._store({key: feature for key, feature in self._all().items() if key != name})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
 class ShownDirectories:

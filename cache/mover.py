@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
@@ -21,7 +21,7 @@ from cache.config import MountConfig
 from cache.counters import Counters
 from cache.dispatching import UploadConfig
 from cache.engine import Engine
-from cache.errors import CacheError, MountReadOnly, ObjectChanged, ObjectMissing, SluiceError
+from cache.errors import CacheError, LakeError, MountReadOnly, ObjectChanged, ObjectMissing, SluiceError
 from cache.fetcher import Fetcher
 from cache.index import Index, remove_index
 from cache.journaling import JournalKeeper
@@ -80,6 +80,13 @@ class TierPlan:
     size_bytes: int
 
 
+class Sample(NamedTuple):
+    """Some objects of the lake, and their bytes together."""
+
+    objects: int
+    size_bytes: int
+
+
 @dataclass
 class Mover:
     """Everything the mover is made of; `handle` answers a worker's request."""
@@ -103,6 +110,16 @@ class Mover:
     async def check_lake(self) -> None:
         """Raise what a mount would meet first: bucket, credentials, endpoint, TLS."""
         await self.lake_io.run(self.lake_io.lake.check)
+
+    async def sample_lake(self) -> Sample:
+        """Return what the first page of a listing holds, if `--profile auto` has to know; else nothing."""
+        if self.config.profile != "auto" or not self.config.read_only or self.config.passthrough == "off":
+            return Sample(0, 0)
+        try:
+            page = await self.lake_io.run(lambda: self.lake_io.lake.list_page("", delimiter=False))
+        except LakeError:
+            return Sample(0, 0)
+        return Sample(len(page.objects), sum(info.version.size_bytes for info in page.objects))
 
     async def handle(self, request: messages.Request, id: int = 0) -> Answer:
         """Carry out one request. Raises SluiceError for `messages.failure` to pack.
@@ -252,7 +269,7 @@ async def run_mover(
             writer.clear_answers()  # The kernel's numbers start anew.
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
-    residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine)
+    residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine, shared.opens)
     ledger = None
     try:
         if config.read_only:

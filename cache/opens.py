@@ -14,6 +14,10 @@ such a process had begun is finished by the next that takes the lock, or had not
 The kernel sends a request again when the worker that had it dies, counted or not. So a change may
 carry the request's own number, and with a number that the table has seen nothing is counted.
 
+An open is counted first and answered later, and what is answered first decides for all: either with
+a backing id, the kernel's number for the file that it reads and writes in our place
+(FUSE_PASSTHROUGH), or without one. All answers that follow are the same, until the last is closed.
+
 Where a bucket is full, opens are counted for the bucket only. Until these are closed, the table
 says UNKNOWN of every inode in it that it can't vouch for: take it as open, for writing too.
 """
@@ -24,6 +28,8 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from types import TracebackType
 from typing import NamedTuple
@@ -37,11 +43,18 @@ _SLOTS = 28
 _PLACE, _VALUE, _KEY, _REQUEST, _EXCESS, _KEYS = 0, 1, 2, 3, 4, 8
 _VALUES = _KEYS + _SLOTS
 _WORDS = _VALUES + _SLOTS
-_FIRST_BUCKET = REQUESTS
-# An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above.
+# In front of the buckets: the numbers of requests, which objects were last given to the kernel (eight
+# bytes of the version id, and the inode), and who is registering a backing file just now.
+OBJECTS = 1 << 14
+_FIRST_OBJECT = REQUESTS
+_REGISTERING, _LARGEST_ID = _FIRST_OBJECT + 2 * OBJECTS, _FIRST_OBJECT + 2 * OBJECTS + 1
+_FIRST_BUCKET = _REGISTERING + 8
+# An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above, and in the
+# highest bit whether an open was answered without one.
 _READERS_MAX, _WRITERS_MAX = (1 << 20) - 1, (1 << 12) - 1
 _WRITERS_SHIFT, _BACKING_SHIFT = 20, 32
 BACKING_ID_MAX = (1 << 31) - 1
+_ANSWERED_CACHED = 1 << 63
 
 
 class Mode(Enum):
@@ -111,7 +124,7 @@ class OpenTable:
 
     def abandoned(self) -> list[int]:
         """Return the inodes that are closed but have a backing id still."""
-        cells = self._cells.tolist()
+        cells = self._cells
         found = []
         for base in range(_FIRST_BUCKET, len(cells), _WORDS):
             for inode in filter(None, cells[base + _KEYS : base + _VALUES]):
@@ -119,6 +132,26 @@ class OpenTable:
                 if state.backing_id and not state.is_open:
                     found.append(inode)
         return found
+
+    # Objects in passthrough
+
+    def note_object(self, vid: bytes, inode: int) -> None:
+        """*inode* is about to be open in passthrough, and shows the object version *vid*.
+
+        Of two versions that share a cell the first is forgotten, and takes disk space uncounted if
+        it is evicted while it is open.
+        """
+        word = int.from_bytes(vid[:8], "little")
+        place = _FIRST_OBJECT + 2 * (word % OBJECTS)
+        self._cells[place], self._cells[place + 1] = word, inode
+
+    def is_passed_through(self, vid: bytes) -> bool:
+        """Return whether the kernel has a file of this object version open in passthrough."""
+        word = int.from_bytes(vid[:8], "little")
+        place = _FIRST_OBJECT + 2 * (word % OBJECTS)
+        if self._cells[place] != word:
+            return False
+        return self.state(self._cells[place + 1]).mode is Mode.PASSTHROUGH
 
     # The lock
 
@@ -140,6 +173,29 @@ class OpenTable:
         finally:
             self._holder = 0
             self._thread_lock.release()
+
+    @contextmanager
+    def _registering(self, inode: int, close: Callable[[int], None]) -> Iterator[None]:
+        """Let one process at a time register a backing file, after it took back what a dead one left.
+
+        The kernel gives out ids in order (fs/fuse/passthrough.c: idr_alloc_cyclic), so a process that
+        died between its registration and the entry has left the one after the largest.
+        """
+        cells = self._cells
+        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, _REGISTERING)
+        try:
+            if dead := cells[_REGISTERING]:
+                its_id = self.state(dead).backing_id
+                if its_id > cells[_LARGEST_ID]:
+                    cells[_LARGEST_ID] = its_id
+                else:
+                    close(cells[_LARGEST_ID] + 1)
+            cells[_REGISTERING] = inode
+            yield
+            cells[_LARGEST_ID] = max(cells[_LARGEST_ID], self.state(inode).backing_id)
+            cells[_REGISTERING] = 0
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _REGISTERING)
 
     # Entries. All but `_value` and `_state` hold the bucket's lock.
 
@@ -165,7 +221,7 @@ class OpenTable:
 
     def _state(self, base: int, value: int) -> OpenState:
         readers, writers = value & _READERS_MAX, value >> _WRITERS_SHIFT & _WRITERS_MAX
-        backing_id = value >> _BACKING_SHIFT
+        backing_id = value >> _BACKING_SHIFT & BACKING_ID_MAX
         if backing_id:
             mode = Mode.PASSTHROUGH if readers or writers else Mode.CLOSED
         elif self._cells[base + _EXCESS]:
@@ -232,27 +288,47 @@ class Held:
     def state(self) -> OpenState:
         return self._table._state(self._base, self._table._value(self._base, self._inode))
 
-    @property
-    def may_get_backing(self) -> bool:
-        """Return whether nobody has it open, as far as known, and there is room to write that down."""
-        table = self._table
-        return self.state.mode is Mode.CLOSED and (
-            table._slot(self._base, self._inode) is not None or table._slot(self._base, 0) is not None
-        )
-
-    def opened(self, *, writing: bool = False, request: int = 0, backing_id: int = 0) -> OpenState:
+    def opened(self, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one more open; return the state with it.
 
         *request*: its number, without the bit that says that it was sent again; 0: not known.
-        *backing_id*: the first open says so that this one and all that follow are passed through.
         """
         table, value = self._table, self._table._value(self._base, self._inode)
-        assert not backing_id or (self.may_get_backing and not value >> _BACKING_SHIFT), self.state
-        assert 0 <= backing_id <= BACKING_ID_MAX, backing_id
         if not table._was_counted(request):
-            changed = _counted(value, writing, 1) | backing_id << _BACKING_SHIFT
-            table._put(self._base, self._inode, changed, request)
+            if not self.state.is_open:  # Nor does an id count that the last closer left behind.
+                value = 0
+            table._put(self._base, self._inode, _counted(value, writing, 1), request)
         return self.state
+
+    @property
+    def may_get_backing(self) -> bool:
+        """Return whether it is counted as open, and no open of it was answered yet."""
+        table, value = self._table, self._table._value(self._base, self._inode)
+        is_counted = value & ((1 << _BACKING_SHIFT) - 1) != 0
+        return is_counted and not value >> _BACKING_SHIFT and not table._cells[self._base + _EXCESS]
+
+    def answered_cached(self) -> None:
+        """An open, counted before, is answered without a backing id: so are all that follow."""
+        table, value = self._table, self._table._value(self._base, self._inode)
+        assert not self.state.backing_id, self.state
+        if value:
+            table._put(self._base, self._inode, value | _ANSWERED_CACHED, 0)
+
+    def answered_with(self, register: Callable[[], int], close: Callable[[int], None]) -> int:
+        """An open, counted before, is answered with the backing id that *register* returns; return it.
+
+        It returns 0 for none after all. *close* takes back an id, known or not. Nobody's id is
+        lost, whoever dies in between.
+        """
+        assert self.may_get_backing, self.state
+        table = self._table
+        with table._registering(self._inode, close):
+            backing_id = register()
+            assert 0 <= backing_id <= BACKING_ID_MAX, backing_id
+            value = table._value(self._base, self._inode)
+            chosen = backing_id << _BACKING_SHIFT if backing_id else _ANSWERED_CACHED
+            table._put(self._base, self._inode, value | chosen, 0)
+        return backing_id
 
     def closed(self, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one open less; return the state without it.
@@ -284,7 +360,9 @@ def _counted(value: int, writing: bool, step: int) -> int:
     count = value >> shift & most
     if count == most or count + step < 0:
         return value
-    return value + (step << shift)
+    value += step << shift
+    is_open = value & ((1 << _BACKING_SHIFT) - 1)
+    return value if is_open else value & ~_ANSWERED_CACHED
 
 
 def _is_full(value: int, writing: bool) -> bool:

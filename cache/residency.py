@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from cache.model import (
     VersionId,
     block_count,
 )
+from cache.opens import OpenTable
 from cache.places import Sparse, Tier
 from cache.policy.eviction import ItemId
 from cache.policy.ledger import Ledger
@@ -75,6 +76,25 @@ class _Landing:
         return lambda w: put_whole(w, self.version, self.place, self.checksums)
 
 
+class Staying(Collection[bytes]):
+    """The versions that stay where they are: the busy ones, and those that the kernel reads itself."""
+
+    def __init__(self, busy: Collection[bytes], opens: OpenTable | None) -> None:
+        self._busy = busy
+        self._opens = opens
+
+    def __contains__(self, vid: object) -> bool:
+        if vid in self._busy:
+            return True
+        return self._opens is not None and isinstance(vid, bytes) and self._opens.is_passed_through(vid)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._busy)
+
+    def __len__(self) -> int:
+        return len(self._busy)
+
+
 class Residency:
     """All tiers together. For the mover's trio thread.
 
@@ -82,7 +102,13 @@ class Residency:
     """
 
     def __init__(
-        self, tiers: list[Tier], index: Index, committer: Committer, lake_engine: Engine, disk_engine: Engine
+        self,
+        tiers: list[Tier],
+        index: Index,
+        committer: Committer,
+        lake_engine: Engine,
+        disk_engine: Engine,
+        opens: OpenTable | None = None,
     ) -> None:
         assert tiers
         self.tiers = tiers
@@ -91,6 +117,8 @@ class Residency:
         self._lake_engine = lake_engine
         self._disk_engine = disk_engine
         self._busy: Counter[bytes] = Counter()  # Versions that are being written, moved or evicted.
+        # No victim in here: it would be gone, and take space that is not charged.
+        self._staying = Staying(self._busy, opens)
         # Invariant: a version in here is busy once, by whoever set it: fills of it wait. A block that
         # landed while its version moves or leaves would be indexed and then unlinked or punched.
         self._moving: dict[bytes, trio.Event] = {}
@@ -435,7 +463,7 @@ class Residency:
     async def _make_room(self, place: int, need_bytes: int) -> bool:
         """Free about *need_bytes*; return whether anything came free. Holds the tier's room_lock."""
         tier = self.tiers[place]
-        victims = tier.policy.victims(need_bytes, self._busy)
+        victims = tier.policy.victims(need_bytes, self._staying)
         if tier.files.is_memory:
             return await self._demote(place, victims) > 0
         return await self.evict(place, victims) > 0 or await self._drop_unverified(place)
@@ -452,7 +480,10 @@ class Residency:
         return True
 
     async def evict(self, place: int, items: list[ItemId]) -> int:
-        """Drop *items* from a tier; return the bytes that came free. Skips what is busy."""
+        """Drop *items* from a tier; return the bytes that came free. Skips what has to stay."""
+        return await self._evict(place, [item for item in items if item[:16] not in self._staying])
+
+    async def _evict(self, place: int, items: list[ItemId]) -> int:
         tier = self.tiers[place]
         items = [item for item in items if self._may_leave(tier, item)]
         if not items:
@@ -559,7 +590,7 @@ class Residency:
         row = self._index.version(vid)
         if row is not None:
             item = ItemId(vid if row.whole else group_key(vid, group))
-            await self.evict(row.tier, [item])
+            await self._evict(row.tier, [item])  # Readers in passthrough keep the unlinked file.
 
     async def drop_version(self, vid: bytes) -> int:
         """Evict all of a version; return the bytes that came free."""

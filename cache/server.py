@@ -169,7 +169,6 @@ async def serve_mover(
     plans: list[TierPlan],
     shared: Shared,
     listeners: Listeners,
-    features: dict[str, Any],
     on_ready: Callable[[Mover, WorkerConnections], Awaitable[None]],
     first: bool,
 ) -> None:
@@ -178,7 +177,7 @@ async def serve_mover(
     async def serve(mover: Mover, changes: trio.MemoryReceiveChannel[Changed]) -> None:
         async with trio.open_nursery() as nursery:
             connections = WorkerConnections(mover, nursery)
-            admin = Admin(mover, features, os.getppid() if config.workers else os.getpid())
+            admin = Admin(mover, shared.features, os.getppid() if config.workers else os.getpid())
             nursery.start_soon(connections.tell_changes, changes)
             nursery.start_soon(_accept, nursery, listeners.workers, connections.serve)
             nursery.start_soon(_accept, nursery, listeners.control, partial(serve_control, admin))

@@ -13,7 +13,7 @@ import trio
 from cache.changes import Changes, Sender
 from cache.committer import Committer
 from cache.copy_up import CopyUp
-from cache.counters import Counters, WriteBudget
+from cache.counters import Counters, Features, WriteBudget
 from cache.engine import Engine
 from cache.errors import MountReadOnly
 from cache.fetcher import Fetcher
@@ -40,6 +40,9 @@ class Shared(Protocol):
 
     @property
     def budget(self) -> WriteBudget: ...
+
+    @property
+    def features(self) -> Features: ...
 
 
 @dataclass

@@ -166,6 +166,8 @@ class ChangingOperations(pyfuse3.Operations):
         id = last_unique()
         if self.writing is not None:
             self.writing.release(fh, id)
+        else:
+            self.filesystem.end(fh, id)
 
     @guarded
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:

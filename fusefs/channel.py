@@ -6,8 +6,6 @@ import os
 import sys
 from typing import Any
 
-from cache.config import MountConfig
-
 
 def load() -> str | None:
     """Load the extension; return None, or why there can be one worker only.
@@ -63,22 +61,3 @@ def pass_through(unique: int, backing_id: int) -> None:
 
 def _extension() -> Any:
     return sys.modules.get("fusefs._channel")
-
-
-def no_open_feature(config: MountConfig, no_channel: str | None) -> dict[str, object]:
-    """Return whether open(2) sends no request on this mount, and why: a feature of `status`.
-
-    Such a mount is fast (a hit in the page cache costs no request at all), but it learns only
-    when it reads that the lake holds another version: read(2) then fails with ESTALE, where
-    otherwise open(2) would have found the new version.
-    """
-    if config.profile == "checkpoint":
-        return {
-            "on": False,
-            "reason": "--profile checkpoint: an open that meets a changed object looks it up again",
-        }
-    if not config.read_only:
-        return {"on": False, "reason": "the mount is writable"}
-    if no_channel is not None:
-        return {"on": False, "reason": no_channel}
-    return {"on": True, "reason": f"--profile {config.profile}, read-only: opens cost no request"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import socket
@@ -17,6 +18,8 @@ from cache.errors import SluiceError, UsageError
 FILESYSTEM_TYPE = "fuse.sluice"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MNT_DETACH = 1, 2, 4, 2
 _NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)  # linux/fuse.h: FUSE_NOTIFY_RESEND, kernel 6.9.
+_BACKING = struct.Struct("=iIQ")  # linux/fuse.h, kernel 6.9: struct fuse_backing_map.
+_BACKING_OPEN, _BACKING_CLOSE = 0x4010E501, 0x4004E502  # _IOW(229, 1, …), _IOW(229, 2, uint32_t)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -94,6 +97,19 @@ def resend_requests(device: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def open_backing(device: int, fd: int) -> int:
+    """Register a file for passthrough; return its backing id, which keeps the file open.
+
+    Raises OSError: EPERM without CAP_SYS_ADMIN, ELOOP for a file on a stacked file system.
+    """
+    return int(fcntl.ioctl(device, _BACKING_OPEN, bytearray(_BACKING.pack(fd, 0, 0))))
+
+
+def close_backing(device: int, backing_id: int) -> None:
+    """Forget a backing id. Who has a file open with it keeps it. Raises OSError: ENOENT."""
+    fcntl.ioctl(device, _BACKING_CLOSE, bytearray(backing_id.to_bytes(4, "little")))
 
 
 def set_read_ahead(mountpoint: Path, kib: int) -> str | None:

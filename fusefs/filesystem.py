@@ -33,11 +33,13 @@ from cache.records import Group, Node, VersionRow, block_checksums, group_key
 from cache.staging import StagingFiles
 from cache.tier import TierFiles
 from fusefs.namespace import Namespace
+from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
 
 log = logging.getLogger(__name__)
 
 # Of a file handle. Inodes are far smaller; the bits between are those of channel.c.
 WAITED_BIT, WRITING_BIT = 1 << 62, 1 << 59
+COUNTED_BIT = 1 << 58  # The open is counted in the OpenTable, and so is its release.
 _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
 _USED_BATCH = 128
 _TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often.
@@ -56,11 +58,13 @@ class Filesystem:
         staging: StagingFiles | None = None,
         *,
         no_open: bool = False,
+        passthrough: Passthrough | None = None,
     ) -> None:
         """*staging*: there on writable mounts. *no_open*: `open_file` is never called, so reads
         tell which objects are used.
         """
         self._no_open = no_open
+        self._passthrough = passthrough
         self.namespace = namespace
         self._index = index
         self._tiers = tiers
@@ -92,6 +96,41 @@ class Filesystem:
         except CacheError:
             pass  # The reads will ask the lake.
         return inode | WAITED_BIT
+
+    def begin(self, handle: int, request: int) -> tuple[int, int]:
+        """Return the handle for the kernel and the backing id, 0 in cached mode, of a file just opened.
+
+        *request*: its number. No await from here to the answer.
+        """
+        inode = inode_of(handle)
+        if self._passthrough is None or (node := self._node(inode)).size_bytes < PASSTHROUGH_BYTES_MIN:
+            return handle, 0
+        backing_id = self._passthrough.opened(
+            inode, lambda: self._whole_file(node), vid=node.vid, request=request
+        )
+        if backing_id:
+            self._counters.add("opens_passed_through")
+            self._note_used(node.vid)
+        return handle | COUNTED_BIT, backing_id
+
+    def end(self, handle: int, request: int) -> None:
+        """The last descriptor of what was opened as *handle* is closed. *request*: its number."""
+        if self._passthrough is not None and handle & COUNTED_BIT:
+            self._passthrough.closed(inode_of(handle), request=request)
+
+    def _whole_file(self, node: Node) -> int | None:
+        """Return a descriptor of the cached file that holds all of the object, or None."""
+        row = self._index.version(node.vid)
+        if row is None or not row.whole:
+            return None
+        try:
+            fd = os.open(self._tiers[row.tier].object_path(node.vid), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None  # Just evicted, or the disk fails: cached mode sees to either.
+        if os.fstat(fd).st_size != node.size_bytes:  # Damaged, which the first read will find.
+            os.close(fd)
+            return None
+        return fd
 
     # Attributes
 
@@ -280,7 +319,7 @@ class Filesystem:
 
 
 def inode_of(handle: int) -> Inode:
-    return Inode(handle & ~(WAITED_BIT | WRITING_BIT))
+    return Inode(handle & (COUNTED_BIT - 1))
 
 
 def _expected(rows: Iterable[Group | None], groups: range, first: int, last: int) -> list[int] | None:

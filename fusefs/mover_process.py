@@ -9,7 +9,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -18,7 +17,7 @@ from cache.control import runtime_directory, socket_path
 from cache.errors import SluiceError, UsageError
 from cache.mover import Mover, TierPlan
 from cache.server import Listeners, WorkerConnections, serve_mover
-from fusefs.worker import Shared
+from fusefs.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -66,26 +65,25 @@ def run(
     plans: list[TierPlan],
     shared: Shared,
     listeners: Listeners,
-    features: dict[str, Any],
     *,
     first: bool,
     report: int,
 ) -> int:
     """Run the mover; return its exit status.
 
-    The *first* one checks the lake. It writes "ready", or the error's class and text, to the
-    descriptor *report*; later ones have nobody to tell and go on without the check.
+    The *first* one checks the lake. It writes "ready" and a sample of the lake, or the error's class
+    and text, to the descriptor *report*; later ones have nobody to tell and go on without the check.
     """
     supervisor = os.getppid()
 
     async def until_stopped(mover: Mover, workers: WorkerConnections) -> None:
         if first:
             await mover.check_lake()
-            _report(report, "ready")
+            _report(report, "ready {} {}".format(*await mover.sample_lake()))
         await _wait_for_the_end(supervisor, workers)
 
     try:
-        trio.run(serve_mover, config, plans, shared, listeners, features, until_stopped, first)
+        trio.run(serve_mover, config, plans, shared, listeners, until_stopped, first)
         return 0
     except BaseException as caught:
         error = _innermost(caught)

@@ -14,10 +14,12 @@ from cache.config import MountConfig
 from cache.counters import ShownDirectories
 from cache.model import NAME_BYTES_MAX, Inode
 from fusefs.changing import ChangingOperations
-from fusefs.channel import last_unique
+from fusefs.channel import last_unique, pass_through
 from fusefs.guarding import guarded
 from fusefs.namespace import Entry
+from fusefs.passthrough import Passthrough
 from fusefs.replies import absent
+from fusefs.shared import Shared
 
 _READDIR_CHUNK = 200
 CACHE_ENTRIES, KEEP_ENTRIES = 1 << 60, 1 << 61  # Of a directory handle, for channel.c.
@@ -27,12 +29,19 @@ class Operations(ChangingOperations):
     """Answers the kernel with *filesystem* and *writing*, which a worker sets after the fork."""
 
     shown: ShownDirectories | None = None  # Where the kernel caches directories, see channel.c.
+    passthrough: Passthrough | None = None  # Where the kernel agreed to it.
 
-    def __init__(self, config: MountConfig, on_init: Callable[[], None], *, no_open: bool) -> None:
+    def __init__(self, config: MountConfig, on_init: Callable[[], None]) -> None:
         super().__init__()
-        self.no_open = no_open
+        self.no_open = False  # Decided before the first request.
         self._uid, self._gid = config.uid, config.gid
         self._on_init = on_init
+
+    def take_features(self, shared: Shared, device: int) -> None:
+        """Do as was chosen once the kernel had answered, before the first request."""
+        self.no_open = bool(shared.features["no_open"]["on"])
+        if shared.features["passthrough"]["on"]:
+            self.passthrough = Passthrough(shared.opens, device)
 
     def init(self) -> None:
         self._on_init()
@@ -114,6 +123,9 @@ class Operations(ChangingOperations):
             handle = await self.writing.open_file(Inode(inode), flags, id)
         else:
             handle = await self.filesystem.open_file(Inode(inode))
+            handle, backing_id = self.filesystem.begin(handle, id)  # No await from here on.
+            if backing_id:
+                pass_through(id, backing_id)
         # The inode is one object version, or the kernel itself sends all that is written to it: what
         # the page cache holds of it is good for ever.
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)

@@ -9,7 +9,6 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import pyfuse3
 import trio
@@ -21,9 +20,10 @@ from cache.errors import SluiceError
 from cache.mover import Mover, TierPlan
 from cache.server import Listeners, WorkerConnections, serve_mover
 from cache.store import CacheStore
-from fusefs import channel, device
+from fusefs import channel, device, passthrough
 from fusefs.operations import Operations
-from fusefs.worker import Shared, equip
+from fusefs.shared import Shared
+from fusefs.worker import equip, shake_hands
 
 log = logging.getLogger(__name__)
 
@@ -33,24 +33,22 @@ def run(
     plans: list[TierPlan],
     shared: Shared,
     listeners: Listeners,
-    features: dict[str, Any],
     store: CacheStore,
     announce: Callable[[], None],
 ) -> int:
     """Serve the mount in this process until it is unmounted; return the exit status."""
-    features["several_workers"] = {"on": False, "reason": "--workers 0"}
-    features["no_open"] = channel.no_open_feature(config, channel.load())
+    shared.features["several_workers"] = {"on": False, "reason": "--workers 0"}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
     async def serve(mover: Mover, _: WorkerConnections) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, config, nursery.cancel_scope)
             await mover.check_lake()
-            await _serve_session(config, mover, shared, announce, no_open=bool(features["no_open"]["on"]))
+            await _serve_session(config, plans, mover, shared, announce)
             nursery.cancel_scope.cancel()
 
     try:
-        trio.run(serve_mover, config, plans, shared, listeners, features, serve, True)
+        trio.run(serve_mover, config, plans, shared, listeners, serve, True)
     except BaseExceptionGroup as group:
         matched = group.subgroup(SluiceError)
         while isinstance(matched, BaseExceptionGroup):
@@ -61,32 +59,33 @@ def run(
 
 
 async def _serve_session(
-    config: MountConfig, mover: Mover, shared: Shared, announce: Callable[[], None], *, no_open: bool
+    config: MountConfig, plans: list[TierPlan], mover: Mover, shared: Shared, announce: Callable[[], None]
 ) -> None:
+    sample = await mover.sample_lake()
     fd = device.mount_device(
         config.lake.url, config.mountpoint, read_only=config.read_only, allow_other=config.allow_other
     )
     try:
-        initialised = trio.Event()
-        operations = Operations(config, initialised.set, no_open=no_open)
+        handshake = trio.Event()
+        operations = Operations(config, handshake.set)
         operations.shown = ShownDirectories() if channel.load() is None else None
+        passthrough.want(config)
         pyfuse3.init(operations, f"/dev/fd/{fd}", set())
+        await shake_hands(handshake)
+        failure = passthrough.failure(config, fd, [plan.path for plan in plans])
+        shared.features.update(passthrough.choose(config, channel.load(), failure, sample))
+        operations.take_features(shared, fd)
         async with trio.open_nursery() as nursery:
             client = LocalMoverClient(mover.handle, nursery)
             files = [tier.files for tier in mover.residency.tiers]
             for task in equip(operations, config, mover.index, files, client, shared, 1):
                 nursery.start_soon(task)
-            nursery.start_soon(_announce_when, initialised, announce)
+            announce()
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
     finally:
         with suppress(OSError):
             device.unmount(config.mountpoint, lazy=True)
-
-
-async def _announce_when(initialised: trio.Event, announce: Callable[[], None]) -> None:
-    await initialised.wait()
-    announce()
 
 
 async def _end_on_signal(config: MountConfig, session: trio.CancelScope) -> None:

@@ -31,9 +31,10 @@ from cache.mover import TierPlan  # noqa: E402
 from cache.server import Listeners  # noqa: E402
 from cache.store import CacheStore, note_owner, open_store  # noqa: E402
 from cache.tier import TierFiles  # noqa: E402
-from fusefs import device, mover_process, single, tiers  # noqa: E402
+from fusefs import device, mover_process, passthrough, single, tiers  # noqa: E402
 from fusefs.operations import Operations  # noqa: E402
-from fusefs.worker import Shared, run_worker  # noqa: E402
+from fusefs.shared import Shared  # noqa: E402
+from fusefs.worker import run_worker, shake_hands  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Mount:
     plans: list[TierPlan]
     listeners: Listeners
     shared: Shared
-    features: dict[str, dict[str, object]]
+    sample: tuple[int, int] = (0, 0)  # Objects of the lake and their bytes.
     device: int = -1
     children: list[Child] = field(default_factory=list)
     unmounted: bool = False
@@ -84,12 +85,12 @@ def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         note_owner(store, f"mounted on {config.mountpoint} by process {os.getpid()}")
-        features: dict[str, dict[str, object]] = {}
-        plans = tiers.lay_out(config, store, features)
+        shared = Shared.make(config)
+        plans = tiers.lay_out(config, store, shared.features)
         with mover_process.listening(config) as listeners:
-            mount = Mount(config, store, plans, listeners, Shared.make(config), features)
             if config.workers == 0:
-                return single.run(config, plans, mount.shared, listeners, features, store, announce)
+                return single.run(config, plans, shared, listeners, store, announce)
+            mount = Mount(config, store, plans, listeners, shared)
             return _run(mount, announce)
     finally:
         tiers.take_down(config, store)
@@ -121,20 +122,18 @@ def _run(mount: Mount, announce: Callable[[], None]) -> int:
 
 
 def _note_features(mount: Mount) -> None:
-    mount.features["several_workers"] = {
+    mount.shared.features["several_workers"] = {
         "on": NO_CHANNEL is None and mount.config.workers > 1,
         "reason": NO_CHANNEL or f"--workers {mount.config.workers}",
     }
-    mount.features["no_open"] = channel.no_open_feature(mount.config, NO_CHANNEL)
-    mount.features["kernel_read_ahead"] = {
+    mount.shared.features["kernel_read_ahead"] = {
         "on": os.geteuid() == 0,
         "reason": f"{READ_AHEAD_KIB} KiB" if os.geteuid() == 0 else "128 KiB: more needs root",
     }
-    mount.features["passthrough"] = {"on": False, "reason": "not in this version"}
 
 
 def _start_first_mover(mount: Mount) -> int:
-    """Fork the mover and wait until it has checked the lake. Raises what it raised."""
+    """Fork the mover and wait until it has looked at the lake. Raises what it raised."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -149,7 +148,9 @@ def _start_first_mover(mount: Mount) -> int:
         raise
     finally:
         os.close(reading)
-    if line == "ready":
+    if line.startswith("ready "):
+        objects, size_bytes = line.split()[1:]
+        mount.sample = int(objects), int(size_bytes)
         return pid
     os.waitpid(pid, 0)
     name, _, text = line.partition(" ")
@@ -176,7 +177,7 @@ def _become_mover(mount: Mount, *, first: bool, report: int) -> NoReturn:
         os.close(mount.device)  # A mount whose device is open anywhere does not end.
     _forget_signals()
     status = mover_process.run(
-        mount.config, mount.plans, mount.shared, mount.listeners, mount.features, first=first, report=report
+        mount.config, mount.plans, mount.shared, mount.listeners, first=first, report=report
     )
     logging.shutdown()
     os._exit(status)
@@ -212,26 +213,18 @@ def _mount_and_shake_hands(mount: Mount) -> Operations:
         source, config.mountpoint, read_only=config.read_only, allow_other=config.allow_other
     )
     handshake = trio.Event()
-    operations = Operations(config, lambda: handshake.set(), no_open=bool(mount.features["no_open"]["on"]))
+    operations = Operations(config, lambda: handshake.set())
+    passthrough.want(config)
     pyfuse3.init(operations, f"/dev/fd/{mount.device}", set())
     operations.counters = mount.shared.counters.row(0)
     operations.shown = ShownDirectories() if NO_CHANNEL is None else None
-    trio.run(_shake_hands, handshake)
+    trio.run(shake_hands, handshake)
+    paths = [plan.path for plan in mount.plans]
+    failure = passthrough.failure(config, mount.device, paths)
+    mount.shared.features.update(passthrough.choose(config, NO_CHANNEL, failure, mount.sample))
+    operations.take_features(mount.shared, mount.device)
     os.set_blocking(mount.device, NO_CHANNEL is not None)
     return operations
-
-
-async def _shake_hands(handshake: trio.Event) -> None:
-    """Answer INIT, and nothing else.
-
-    pyfuse3 calls `init` and writes the reply in one step without a checkpoint, so once this task
-    runs again the reply is out, and the session's tasks are cancelled before they read on.
-    """
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(pyfuse3.main)
-        with trio.fail_after(30):
-            await handshake.wait()
-        nursery.cancel_scope.cancel()
 
 
 def _start(mount: Mount, child: Child) -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from cache.config import MountConfig
+from cache.counters import Features
 from cache.errors import UsageError
 from cache.model import MIB
 from cache.mover import TierPlan
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 _TIER_BYTES_MIN = 16 * MIB
 
 
-def lay_out(config: MountConfig, store: CacheStore, features: dict[str, dict[str, object]]) -> list[TierPlan]:
+def lay_out(config: MountConfig, store: CacheStore, features: Features) -> list[TierPlan]:
     """Return the tiers, DRAM first. Raises UsageError where a size makes no sense on its disk."""
     plans: list[TierPlan] = []
     if config.dram_bytes:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 import pyfuse3
 import trio
 
 from cache.client import MoverClient, SocketMoverClient
 from cache.config import MountConfig
-from cache.counters import Counters, WriteBudget
 from cache.index import Index
-from cache.opens import OpenTable
 from cache.policy.freshness import Freshness
 from cache.staging import StagingFiles
 from cache.tier import TierFiles
@@ -22,11 +19,25 @@ from fusefs.durability import Durability
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import Namespace
 from fusefs.operations import Operations
+from fusefs.shared import Shared
 from fusefs.writing import WriteGate, Writing
 
 log = logging.getLogger(__name__)
 
 _PATIENCE_S = 10.0  # Beyond the lake's retries, for movers that can't even start.
+
+
+async def shake_hands(handshake: trio.Event) -> None:
+    """Answer INIT, and nothing else.
+
+    pyfuse3 calls `init` and writes the reply in one step without a checkpoint, so once this task
+    runs again the reply is out, and the session's tasks are cancelled before they read on.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main)
+        with trio.fail_after(30):
+            await handshake.wait()
+        nursery.cancel_scope.cancel()
 
 
 def invalidate(entries: list[tuple[int, bytes]]) -> None:
@@ -35,19 +46,6 @@ def invalidate(entries: list[tuple[int, bytes]]) -> None:
         pyfuse3.invalidate_entry_async(
             pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), pyfuse3.InodeT(0), ignore_enoent=True
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What all processes of a mount share in memory: made before the fork."""
-
-    counters: Counters
-    opens: OpenTable
-    budget: WriteBudget
-
-    @classmethod
-    def make(cls, config: MountConfig) -> Shared:
-        return cls(Counters(max(1, config.workers) + 1), OpenTable(), WriteBudget())
 
 
 def equip(
@@ -64,9 +62,18 @@ def equip(
     counters = shared.counters.row(row)
     counters.set("pid", os.getpid())
     operations.counters = counters
+    if operations.passthrough is not None:
+        operations.passthrough.sweep()
     staging = None if config.read_only else StagingFiles(config.index_directory)
     operations.filesystem = filesystem = Filesystem(
-        index, tiers, mover, namespace, counters, staging, no_open=operations.no_open
+        index,
+        tiers,
+        mover,
+        namespace,
+        counters,
+        staging,
+        no_open=operations.no_open,
+        passthrough=operations.passthrough,
     )
     if staging is None:
         return [filesystem.flush_used_regularly]

@@ -25,6 +25,7 @@ from cache.model import (
     ObjectVersion,
     VersionId,
 )
+from cache.opens import OpenTable
 from cache.policy.eviction import ItemId
 from cache.records import charge, group_key
 from cache.residency import _EVICT_SHARE_MAX
@@ -531,3 +532,39 @@ async def test_dram_makes_room_ahead_of_need(tmp_path: Path) -> None:
         await fill(cache, lake.fill(content))
         await check(cache, content)
         assert cache.residency.tiers[0].budget.room_bytes >= 20 * MIB // 10
+
+
+async def test_what_the_kernel_reads_itself_stays_where_it_is_until_it_is_closed(tmp_path: Path) -> None:
+    lake, content, opens = WatchedLake(), small_and_large(), OpenTable()
+    first, *others = lake.fill(content).values()
+    async with open_cache(tmp_path, lake, tiers=TIERS, opens=opens) as cache:
+        await cache.fetch(first)
+        place = cache.residency.place_of(first.id)
+        opens.note_object(first.id, 5)
+        with opens.held(5) as held:
+            held.opened()
+            held.answered_with(lambda: 7, lambda _: None)
+        for version in others:  # More than all tiers hold.
+            await cache.fetch(version)
+        assert cache.residency.place_of(first.id) == place
+        assert await cache.residency.drop_version(first.id) == 0
+        await cache.idle()
+        await check(cache, content)
+        with opens.held(5) as held:
+            held.closed()
+            held.forget_backing()
+        assert await cache.residency.drop_version(first.id) > 0
+        await check(cache, content)
+
+
+async def test_a_bad_block_leaves_even_while_the_kernel_reads_the_file(tmp_path: Path) -> None:
+    lake, opens = WatchedLake(), OpenTable()
+    (version,) = lake.fill(bodies({"file": 100_000})).values()
+    async with open_cache(tmp_path, lake, tiers=NVME, opens=opens) as cache:
+        await cache.fetch(version)
+        opens.note_object(version.id, 5)
+        with opens.held(5) as held:
+            held.opened()
+            held.answered_with(lambda: 7, lambda _: None)
+        await cache.residency.drop(version.id, 0)
+        assert cache.residency.place_of(version.id) is None

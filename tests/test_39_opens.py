@@ -110,33 +110,67 @@ def test_a_count_at_its_end_stays_there(table: OpenTable, monkeypatch: pytest.Mo
 # Backing files
 
 
-def test_the_first_open_decides_for_all_that_follow(table: OpenTable) -> None:
+def pass_through(table: OpenTable, inode: int, backing_id: int) -> None:
+    """Open *inode*, and answer with *backing_id*."""
+    with table.held(inode) as held:
+        held.opened()
+        assert held.answered_with(lambda: backing_id, no_more) == backing_id
+
+
+def no_more(backing_id: int) -> None:
+    raise AssertionError(f"nobody left {backing_id} behind")
+
+
+def test_the_first_answer_decides_for_all_that_follow(table: OpenTable) -> None:
     with table.held(5) as held:
-        assert held.may_get_backing
-        assert held.opened(backing_id=77) == (1, 0, Mode.PASSTHROUGH, 77)
-    with table.held(5) as held:
+        assert not held.may_get_backing, "it is not open"
+        held.opened()
+        held.opened(writing=True)
+        assert held.may_get_backing, "both wait for their answers"
+        assert held.answered_with(lambda: 77, no_more) == 77
+        assert held.state == (1, 1, Mode.PASSTHROUGH, 77)
         assert not held.may_get_backing
-        assert held.opened(writing=True) == (1, 1, Mode.PASSTHROUGH, 77)
     table.closed(5)
     with table.held(5) as held:
         assert held.closed(writing=True) == (0, 0, Mode.CLOSED, 77)
         held.forget_backing()
-        assert held.state == CLOSED and held.may_get_backing
+        assert held.state == CLOSED
+    assert holds_nothing(table)
 
 
-def test_an_inode_that_is_open_in_cached_mode_gets_no_backing_file(table: OpenTable) -> None:
+def test_an_inode_that_was_answered_without_a_backing_file_gets_none(table: OpenTable) -> None:
     table.opened(5)
     with table.held(5) as held:
+        held.answered_cached()
+        assert held.opened() == (2, 0, Mode.CACHED, 0)
         assert not held.may_get_backing
         with pytest.raises(AssertionError):
-            held.opened(backing_id=77)
-    assert table.state(5) == (1, 0, Mode.CACHED, 0)
+            held.answered_with(lambda: 77, no_more)
+    assert table.closed(5) == (1, 0, Mode.CACHED, 0)
+    assert table.closed(5) == CLOSED
+    assert holds_nothing(table)
+    pass_through(table, 5, 77)
+
+
+def test_a_file_that_the_kernel_refuses_is_answered_without(table: OpenTable) -> None:
+    with table.held(5) as held:
+        held.opened()
+        assert held.answered_with(lambda: 0, no_more) == 0
+        assert held.state == (1, 0, Mode.CACHED, 0) and not held.may_get_backing
+    table.closed(5)
+    assert holds_nothing(table)
+
+
+def test_an_id_that_was_left_behind_is_nobodys(table: OpenTable) -> None:
+    pass_through(table, 5, 77)
+    table.closed(5)
+    assert table.opened(5) == (1, 0, Mode.CACHED, 0)
+    pass_through(table, 6, 78)
 
 
 def test_a_backing_id_that_its_closer_left_behind_is_found(table: OpenTable) -> None:
     for inode in (5, 6, 7):
-        with table.held(inode) as held:
-            held.opened(backing_id=inode)
+        pass_through(table, inode, inode)
     table.closed(6)
     assert table.abandoned() == [6]
     with table.held(6) as held:
@@ -159,9 +193,10 @@ def test_a_full_bucket_calls_what_it_does_not_hold_unknown(table: OpenTable) -> 
     for inode in held:
         table.opened(inode)
     assert table.state(extra) == CLOSED
+    assert table.opened(extra).mode is Mode.UNKNOWN
     with table.held(extra) as held_extra:
         assert not held_extra.may_get_backing
-    assert table.opened(extra).mode is Mode.UNKNOWN
+        held_extra.answered_cached()
     for inode in (extra, other, held[0]):
         assert table.state(inode).is_open and table.state(inode).may_be_written
     elsewhere = next(inode for inode in range(1, 100) if table._base(inode) != table._base(7))
@@ -186,8 +221,7 @@ def test_a_bucket_that_was_full_knows_again_once_the_excess_is_closed(table: Ope
 
 def test_passthrough_is_known_even_in_a_full_bucket(table: OpenTable) -> None:
     first, *others = bucket_mates(table, opens._SLOTS + 3)
-    with table.held(first) as held:
-        held.opened(backing_id=9)
+    pass_through(table, first, 9)
     for inode in others:
         table.opened(inode)
     assert table.state(first) == (1, 0, Mode.PASSTHROUGH, 9)
@@ -268,8 +302,7 @@ def test_a_process_that_dies_while_it_closes_has_counted_once_or_not_at_all() ->
 
 def test_a_process_that_dies_after_the_last_close_leaves_a_backing_id_that_is_found() -> None:
     def prepare(table: OpenTable) -> None:
-        with table.held(5) as held:
-            held.opened(backing_id=9)
+        pass_through(table, 5, 9)
 
     def change(table: OpenTable) -> None:
         with table.held(5) as held:

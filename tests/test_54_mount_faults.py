@@ -196,7 +196,9 @@ def test_a_damaged_file_in_a_tier_never_reaches_a_reader_and_is_replaced(
     files = {"small": content(300_000), "whole": content(9 * MIB), "sparse": content(30 * MIB)}
     for name, body in files.items():
         folder.put(name, body)
-    mount = mounting.mount(folder.url, "--dram=64M" if tier == "dram" else "--dram=0", "--ttl=600")
+    # With passthrough, no read of "whole" would come by: only its size is checked, by the next test.
+    dram = "--dram=64M" if tier == "dram" else "--dram=0"
+    mount = mounting.mount(folder.url, dram, "--ttl=600", "--passthrough=off")
     assert mount.read("small") == files["small"]
     assert mount.read("whole") == files["whole"]
     with (mount.directory / "sparse").open("rb", buffering=0) as file:
@@ -213,6 +215,20 @@ def test_a_damaged_file_in_a_tier_never_reaches_a_reader_and_is_replaced(
         assert mount.reads()["corrupt_blocks"] >= 3
         assert mount.log().count("does not match its checksum") >= 3
     until(lambda: all_cached(mount, files), "what was damaged is whole in the cache again", 5)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "deleted"])
+def test_a_file_of_another_size_is_not_passed_through_but_replaced(
+    mounting: Mounting, folder: Folder, damage: str
+) -> None:
+    folder.put("whole", content(9 * MIB))
+    mount = mounting.mount(folder.url, "--profile=checkpoint", "--ttl=600")
+    assert mount.read("whole") == content(9 * MIB)
+    until(lambda: mount.status()["lake_io"]["flights"] == 0, "no flight is under way")
+    (damaged,) = tier_files(mount, "nvme")
+    DAMAGE[damage](damaged)
+    assert mount.read_anew("whole") == content(9 * MIB)
+    until(lambda: all_cached(mount, {"whole": content(9 * MIB)}), "it is whole in the cache again", 5)
 
 
 def test_damage_that_happened_while_nothing_was_mounted_is_found_too(

@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from cache.committer import Committer
-from cache.counters import Counters, WriteBudget
+from cache.counters import Counters, Features, WriteBudget
 from cache.dispatching import UploadConfig
 from cache.engine import Engine
 from cache.fetcher import Fetcher
@@ -97,10 +97,11 @@ class Shared:
     counters: Counters
     opens: OpenTable
     budget: WriteBudget
+    features: Features
 
     @classmethod
     def make(cls) -> Shared:
-        return cls(Counters(2), OpenTable(), WriteBudget())
+        return cls(Counters(2), OpenTable(), WriteBudget(), Features())
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ async def open_cache(
     dirty_max: int = 1 << 40,
     first: bool = True,
     lake_threads: int = 6,
+    opens: OpenTable | None = None,
 ) -> AsyncIterator[Cache]:
     """Open, restore and wire everything; on the way out stop it without saving anything: a crash.
 
@@ -217,7 +219,10 @@ async def open_cache(
     send, receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, retry, seed=1)
     made = [make_tier(path, spec, policy) for spec in tiers]
-    residency = Residency(made, index, committer, lake_engine, disk_engine)
+    if writable:
+        shared = shared or Shared.make()
+        opens = shared.opens
+    residency = Residency(made, index, committer, lake_engine, disk_engine, opens)
     ledger = open_ledger(path, "test", index, table, first=first) if writable else None
     try:
         async with trio.open_nursery() as nursery:
@@ -230,7 +235,8 @@ async def open_cache(
             parts = (lake, lake_io, index, committer, residency, fetcher, lister, lake_engine, disk_engine)
             cache = Cache(path, *parts, nursery, receive, table)
             if ledger is not None:
-                _make_writable(cache, ledger, upload, shared or Shared.make(), dirty_max)
+                assert shared is not None
+                _make_writable(cache, ledger, upload, shared, dirty_max)
             yield cache
             nursery.cancel_scope.cancel()
     finally:

@@ -20,7 +20,9 @@ from tools.bench import (
     cold_epoch,
     epoch_bytes,
     find,
+    large_hits,
     namespace_memory,
+    opens,
     order_found,
     sequential,
     set_ahead,
@@ -36,6 +38,8 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Figure]]] = {
     module.NAME: module.measure
     for module in (
         warm_epochs,
+        opens,
+        large_hits,
         cold_epoch,
         set_ahead,
         epoch_bytes,

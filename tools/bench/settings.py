@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tools.bench.figures import MeasurementFailed
 from tools.bench.lakes import BUCKET, Endpoint
 from tools.mounted import Mounted
 
@@ -45,6 +47,19 @@ class Settings:
             environment = endpoint.environment()
             with Mounted(f"s3://{BUCKET}", path / "data", path / "cache", lake_options, environment) as mount:
                 yield mount
+
+
+def drop_page_cache() -> None:
+    """Have the kernel forget the bytes of all files, so that the next reads come from the disk.
+
+    Names and attributes stay known, as in the epochs that follow each other. Raises MeasurementFailed where
+    only root may.
+    """
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    except OSError as error:
+        raise MeasurementFailed(f"the page cache can't be dropped: {error.strerror}; run as root") from error
 
 
 def sources(mount: Mounted) -> Mapping[str, int]:
