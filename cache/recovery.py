@@ -29,6 +29,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ from cache.journal import Journal
 from cache.journaling import content_of, is_sealed
 from cache.model import KIND_DIRECTORY, ROOT_INODE, Inode, ObjectVersion
 from cache.pending import (
+    CONFLICT,
     OPEN,
     SEALED,
     Delete,
@@ -48,10 +50,12 @@ from cache.pending import (
     Orphan,
     Pending,
     PendingTable,
+    Placed,
     Put,
     Restate,
     decode_pending,
     encode_pending,
+    prefixes,
 )
 from cache.records import Node
 from cache.staging import StagingFiles
@@ -246,8 +250,7 @@ def _rebuild(index: Index, rows: Rows, staging: StagingFiles) -> Rows:
     with index.write() as w:
         w.add_root()
         w.clear_pending()
-        planter = Planter(w)
-        planted = {seq: planter.plant(row) for seq, row in sorted(rows.items())}
+        planted = Planter(w).plant_all(rows)
         for seq, row in planted.items():
             w.put_pending(seq, encode_pending(row))
         w.set_meta(b"next_staged", (max(used) + 1).to_bytes(8, "big"))
@@ -257,6 +260,64 @@ def _rebuild(index: Index, rows: Rows, staging: StagingFiles) -> Rows:
     return planted
 
 
+class Places:
+    """Where the nodes of rows are: a move of a directory carries along what earlier rows bring there."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._trees: defaultdict[bytes, list[tuple[int, Move]]] = defaultdict(list)
+        self._moves: defaultdict[int, list[int]] = defaultdict(list)  # Of one inode, in their order.
+        self._rows = rows
+        for seq, row in sorted(rows.items()):
+            if isinstance(row, Move):
+                self._moves[row.inode or -seq].append(seq)
+                if row.is_tree and not row.copied:
+                    self._trees[row.source].append((seq, row))
+
+    def path_of(self, seq: int, row: Placed) -> bytes:
+        """Return the path that the mount showed for the row's node."""
+        if is_exact(row):
+            return row.path
+        is_directory = isinstance(row, Mark) or row.kind == KIND_DIRECTORY
+        key = row.path + (b"/" if is_directory else b"")
+        while (carrier := self._carrier(seq, key)) is not None:
+            seq, move = carrier
+            key = move.key + key[len(move.source) :]
+        return key.removesuffix(b"/")
+
+    def _carrier(self, seq: int, key: bytes) -> tuple[int, Move] | None:
+        """Return the first move after *seq* that takes *key* along, None if it stays.
+
+        What a still later move takes from there is left where it is.
+        """
+        above = [*prefixes(key), *([key] if key.endswith(b"/") else [])]
+        moves = [move for prefix in above for move in self._trees.get(prefix, ()) if move[0] > seq]
+        for number, move in sorted(moves, key=lambda one: one[0]):
+            if not any(
+                other > number and len(later.source) > len(move.source) for other, later in moves
+            ):
+                return number, move
+        return None
+
+    def is_last(self, seq: int, row: Move) -> bool:
+        """Return whether the node of *row* is where this move brings it, not where a later one does."""
+        return self._moves[row.inode or -seq][-1] == seq
+
+    def source_of(self, seq: int, row: Move) -> Move:
+        """Return the first move that the lake has yet to make of this node's: it is at its source."""
+        moves = [self._rows[other] for other in self._moves[row.inode or -seq]]
+        return next((move for move in moves if isinstance(move, Move) and not move.copied), row)
+
+
+def is_exact(row: Placed) -> bool:
+    """Return whether the row always says where its node is: it is not for the lake, or waits."""
+    return isinstance(row, Local | Restate) or (isinstance(row, Put) and row.state == CONFLICT)
+
+
+def _begun_at(row: Move, first: Move) -> Move:
+    """Return the move of what the lake has where *first* begins."""
+    return replace(row, source=first.source, etag=first.etag, size_bytes=first.size_bytes)
+
+
 class Planter:
     """Makes nodes for rows, in the transaction of *w*. Several rows may stand for one path."""
 
@@ -264,6 +325,24 @@ class Planter:
         self._w = w
         self._made: set[Inode] = set()
         self._now_ns = time.time_ns()
+
+    def plant_all(self, rows: Rows) -> Rows:
+        """Return the rows with the inodes that their nodes have now, 0 for those that need none."""
+        places, inodes = Places(rows), dict[int, Inode]()
+        planted: Rows = {}
+        for exact in (False, True):  # What tells of the state of a node comes after what makes it.
+            for seq, row in sorted(rows.items()):
+                if isinstance(row, Delete | Orphan):
+                    planted[seq] = self.plant(row)
+                elif is_exact(row) == exact and not (isinstance(row, Move) and not places.is_last(seq, row)):
+                    placed = replace(row, path=places.path_of(seq, row))
+                    if isinstance(placed, Move):
+                        placed = _begun_at(placed, places.source_of(seq, placed))
+                    inodes[row.inode] = inode = self.plant(placed).inode
+                    planted[seq] = replace(row, inode=inode)
+        for seq in rows.keys() - planted.keys():
+            planted[seq] = replace(rows[seq], inode=inodes.get(rows[seq].inode, 0))
+        return dict(sorted(planted.items()))
 
     def plant(self, row: Pending) -> Pending:
         """Return the row with the inode that its node has now, 0 if it needs none."""
