@@ -180,13 +180,13 @@ class Moves:
             await self._committer.commit(lambda w: self._flip_tree(w, seq, row, tree))
         await self._keeper.settled()
         gone = [*tree.gone, *reversed(directories)]
-        await self._delete([key for key in gone if not self._is_needed(os.fsencode(key), seq)])
+        await self._delete([key for key in gone if not self._is_needed(row, os.fsencode(key), seq)])
 
     def _take(
         self, row: Move, tree: _Tree, version: ObjectVersion, arrived: dict[str, int], seq: int
     ) -> bool:
         """Return whether the object is to be copied; note whether its old key is to go."""
-        if self._is_needed(os.fsencode(version.key), seq):
+        if self._is_needed(row, os.fsencode(version.key), seq):
             return False  # It was moved elsewhere since: that move takes it from here.
         tree.gone.append(version.key)
         rest = version.key[len(tree.source) :]
@@ -194,14 +194,17 @@ class Moves:
             return False
         return not self._is_superseded(row.inode, os.fsencode(rest))
 
-    def _is_needed(self, key: bytes, seq: int) -> bool:
+    def _is_needed(self, row: Move, key: bytes, seq: int) -> bool:
         """Return whether what the lake has under *key* was moved out of this directory while it moved.
 
         The first later operation there is then the move that takes it; before any other that begins
-        there, something else comes to this key.
+        there, something else comes to this key. Moves of the source itself, or of a directory above
+        it, are of what came there since: this directory moves on from its target.
         """
         for place in (key, *prefixes(key)):
-            later = [row for other, row in self._table.touching(place) if other > seq]
+            if len(place) <= len(row.source):
+                return False
+            later = [one for other, one in self._table.touching(place) if other > seq]
             if later and isinstance(later[0], Move) and later[0].source == place and not later[0].copied:
                 return True
         return False

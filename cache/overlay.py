@@ -16,6 +16,7 @@ import stat
 import msgspec
 
 from cache.index import Index, IndexWriter
+from cache.model import ROOT_INODE
 from cache.pending import KeyWatch, Move, Pending, PendingTable, Restate
 from cache.records import Node
 
@@ -40,6 +41,18 @@ def is_placeholder(node: Node) -> bool:
     return is_object and not (node.etag or node.staged or node.origin)
 
 
+def _nearest_origin(w: Index | IndexWriter, inode: int) -> bytes:
+    """Return from where the lake's keys of a directory are shown: what was moved away from further
+    down is not, even if there is a new directory in its place.
+    """
+    while inode != ROOT_INODE:
+        node = w.node(inode)
+        if node is None or node.origin:
+            return node.origin if node is not None else b""
+        inode = node.parent
+    return b""
+
+
 class Overlay:
     """*prefix*: of the directory's keys when the listing began; *watch* was opened at that moment."""
 
@@ -58,10 +71,8 @@ class Overlay:
         To be called first in each transaction. Raises CacheError if it is gone for good.
         """
         path, key = w.path_of(self._inode), w.key_of(self._inode)
-        node = w.node(self._inode)
         self._path_prefix = prefix_of(path)
-        was_moved = path != key or (node is not None and bool(node.origin))
-        self._through = self._prefix if was_moved else b""
+        self._through = _nearest_origin(w, self._inode)
         self._is_empty = not self._table.rows
         return prefix_of(key) == self._prefix and not self._watch.moved
 

@@ -292,9 +292,7 @@ class Places:
         above = [*prefixes(key), *([key] if key.endswith(b"/") else [])]
         moves = [move for prefix in above for move in self._trees.get(prefix, ()) if move[0] > seq]
         for number, move in sorted(moves, key=lambda one: one[0]):
-            if not any(
-                other > number and len(later.source) > len(move.source) for other, later in moves
-            ):
+            if not any(other > number and len(later.source) > len(move.source) for other, later in moves):
                 return number, move
         return None
 
@@ -328,7 +326,7 @@ class Planter:
 
     def plant_all(self, rows: Rows) -> Rows:
         """Return the rows with the inodes that their nodes have now, 0 for those that need none."""
-        places, inodes = Places(rows), dict[int, Inode]()
+        places, inodes = Places(rows), dict[int, int]()
         planted: Rows = {}
         for exact in (False, True):  # What tells of the state of a node comes after what makes it.
             for seq, row in sorted(rows.items()):
@@ -338,8 +336,8 @@ class Planter:
                     placed = replace(row, path=places.path_of(seq, row))
                     if isinstance(placed, Move):
                         placed = _begun_at(placed, places.source_of(seq, placed))
-                    inodes[row.inode] = inode = self.plant(placed).inode
-                    planted[seq] = replace(row, inode=inode)
+                    planted[seq] = replace(row, inode=self.plant(placed).inode)
+                    inodes[row.inode] = planted[seq].inode
         for seq in rows.keys() - planted.keys():
             planted[seq] = replace(rows[seq], inode=inodes.get(rows[seq].inode, 0))
         return dict(sorted(planted.items()))

@@ -14,7 +14,7 @@ import pytest
 from cache import store
 from cache.config import CacheDirectory, LakeConfig, MountConfig
 from cache.errors import UsageError
-from cache.store import CacheStore, note_owner, open_store
+from cache.store import CacheStore, forget_power_loss, kept_all_bytes, note_owner, open_store
 
 LAKE = LakeConfig("s3://bucket/prefix")
 
@@ -169,6 +169,29 @@ def test_an_index_of_unknown_boot_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "boot").unlink()
     with opened(tmp_path):
         assert not index.exists()
+
+
+def test_a_power_loss_is_known_of_until_its_recovery_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not kept_all_bytes(tmp_path)
+    with opened(tmp_path):
+        forget_power_loss(tmp_path)
+    with opened(tmp_path):
+        assert kept_all_bytes(tmp_path)
+    end_of_machine(monkeypatch)
+    assert not kept_all_bytes(tmp_path)
+    for _ in range(2):  # The first mount may end before it has recovered anything.
+        with opened(tmp_path) as held:
+            assert not kept_all_bytes(tmp_path)
+            held.mark_clean()
+    forget_power_loss(tmp_path)
+    with opened(tmp_path) as held:
+        assert kept_all_bytes(tmp_path)
+        held.mark_clean()
+    end_of_machine(monkeypatch, "a third boot")
+    with opened(tmp_path):
+        assert kept_all_bytes(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

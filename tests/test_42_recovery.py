@@ -43,6 +43,8 @@ from cache.pending import (
 from cache.records import Attributes, Node
 from cache.recovery import Recovered, recover
 from cache.staging import StagingFiles
+from cache.store import boot_id, kept_all_bytes
+from cache.write_path import open_ledger
 
 ATTRIBUTES = Attributes(0o640, 1, 2, 3, xattrs={b"user.a": b"b"})
 OTHERS = Attributes(0o700, 3, 4, 5)
@@ -96,13 +98,13 @@ class Home:
         folder = self.path / "lost+found"
         return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.exists() else {}
 
-    def start(self, *, first: bool = True) -> Recovered:
+    def start(self, *, first: bool = True, is_intact: bool = False) -> Recovered:
         self.stop()
         index, table, journal = Index(self.path), PendingTable(), Journal(self.path, "store")
         try:
             with index.write() as w:
                 w.add_root()
-            recovered = recover(index, journal, self.staging, table, first=first)
+            recovered = recover(index, journal, self.staging, table, first=first, is_intact=is_intact)
         except BaseException:
             index.close()
             raise
@@ -611,3 +613,119 @@ def test_a_journal_of_another_version_stops_recovery_before_anything_is_touched(
     with pytest.raises(UsageError, match="sluicefs-journal 9"):
         Journal(home.path, "store")
     assert home.staged() == before and home.lost() == {}
+
+
+# Nodes that several rows stand for
+
+
+def test_of_several_moves_the_last_says_where_it_is_and_the_first_where_the_lake_has_it(home: Home) -> None:
+    """Two directories, and two files, that changed places."""
+    first = ObjectVersion("f", '"f"', 4)
+    rows: dict[int, Pending] = {
+        1: Move(b"a/", b".sluice-exchange-5", 5, KIND_DIRECTORY),
+        2: Move(b"b/", b"a", 6, KIND_DIRECTORY),
+        3: Move(b".sluice-exchange-5/", b"b", 5, KIND_DIRECTORY),
+        4: Move(b"f", b".sluice-exchange-7", 7, KIND_FILE, '"f"', 4),
+        5: Move(b"g", b"f", 8, KIND_FILE, '"g"', 4),
+        6: Move(b".sluice-exchange-7", b"g", 7, KIND_FILE, '"f"', 4),
+    }
+    home.write_journal(rows)
+    home.start()
+    assert home.tree().keys() == {"a", "b", "f", "g"}
+    origins = {path: node.origin for path, node in home.tree().items()}
+    assert origins == {"a": b"b/", "b": b"a/", "f": b"g", "g": b"f"}
+    assert home.node("g")[1].vid == first.id
+    found = home.rows()
+    assert without_inodes(found) == without_inodes(rows)
+    assert found[1].inode == found[3].inode == home.node("b")[0]
+    assert found[4].inode == found[6].inode == home.node("g")[0]
+
+
+def test_a_move_that_was_made_already_is_not_where_the_next_begins(home: Home) -> None:
+    rows: dict[int, Pending] = {
+        1: Move(b"a/", b"b", 5, KIND_DIRECTORY, copied=True),
+        2: Move(b"b/", b"c", 5, KIND_DIRECTORY),
+    }
+    home.write_journal(rows)
+    home.start()
+    assert {path: node.origin for path, node in home.tree().items()} == {"c": b"b/"}
+
+
+def test_what_a_later_move_of_its_directory_carries_along_is_there(home: Home) -> None:
+    """All that came to the directory before, however deep; nothing that came after."""
+    home.stage(1)
+    home.stage(2)
+    home.stage(3)
+    rows: dict[int, Pending] = {
+        1: sealed(b"old/sub/f", 1),
+        2: Move(b"x", b"old/x", 6, KIND_FILE, '"x"', 1),
+        3: Mark(b"old/sub", 7, ATTRIBUTES),
+        4: Move(b"old/", b"new", 5, KIND_DIRECTORY),
+        5: sealed(b"old/f", 2),
+        6: Move(b"new/sub/", b"out", 7, KIND_DIRECTORY),
+        7: sealed(b"out/g", 3),
+    }
+    home.write_journal(rows)
+    home.start()
+    assert home.tree().keys() == {"new", "new/x", "old", "old/f", "out", "out/f", "out/g"}
+    assert home.node("new/x")[1].origin == b"x" and home.node("new")[1].origin == b"old/"
+    assert without_inodes(home.rows()) == without_inodes(rows)
+
+
+def test_what_waits_for_somebody_is_not_carried_along(home: Home) -> None:
+    home.stage(1)
+    rows: dict[int, Pending] = {
+        1: sealed(b"d/f", 1, state=CONFLICT),
+        2: Local(b"d/fifo", 6, KIND_FIFO, OTHERS),
+        3: Move(b"d/", b"e", 5, KIND_DIRECTORY),
+    }
+    home.write_journal(rows)
+    home.start()
+    assert home.tree().keys() == {"d", "d/f", "d/fifo", "e"}
+
+
+# The index was lost, but no power
+
+
+@pytest.mark.parametrize(
+    ("row", "state"),
+    [
+        (put(b"d/f", 1), SEALED),
+        (put(b"d/f", 1, synced_bytes=4), SEALED),
+        (sealed(b"d/f", 1, size_bytes=4), SEALED),
+        (sealed(b"d/f", 1, size_bytes=4, state=CONFLICT), CONFLICT),
+    ],
+)
+def test_without_a_power_loss_what_was_open_is_whole(home: Home, row: Put, state: str) -> None:
+    home.stage(1)
+    home.write_journal({1: row})
+    home.start(is_intact=True)
+    (found,) = home.rows().values()
+    assert isinstance(found, Put) and (found.state, found.size_bytes) == (state, len(BODY))
+    assert home.staged() == {1: BODY} and home.lost() == {}
+    assert home.node("d/f")[1].size_bytes == len(BODY)
+
+
+def test_without_a_power_loss_an_empty_file_stays(home: Home) -> None:
+    home.stage(1, b"")
+    home.write_journal({1: put(b"f", 1)})
+    home.start(is_intact=True)
+    assert home.tree().keys() == {"f"} and home.node("f")[1].size_bytes == 0
+
+
+@pytest.mark.parametrize("is_intact", [True, False])
+def test_the_ledger_knows_from_the_directory_whether_power_was_lost(tmp_path: Path, is_intact: bool) -> None:
+    home = Home(tmp_path)
+    home.stage(1)
+    home.write_journal({1: put(b"f", 1)})
+    (tmp_path / "boot").write_text(boot_id())
+    if not is_intact:
+        (tmp_path / "power-lost").touch()
+    index = Index(tmp_path)
+    with index.write() as w:
+        w.add_root()
+    ledger = open_ledger(tmp_path, "store", index, PendingTable(), first=True)
+    ledger.close()
+    index.close()
+    assert home.staged() == ({1: BODY} if is_intact else {})
+    assert kept_all_bytes(tmp_path)  # From now on, until the next power loss.

@@ -842,3 +842,78 @@ async def test_what_was_asked_for_by_name_shows_the_mode_and_time_of_its_metadat
             node = cache.names()["script"][1]
             assert node.attributes is not None and node.mtime_ns == 1_700_000_000_500_000_000
             assert (node.attributes.mode, node.attributes.uid, node.attributes.gid) == (0o750, 7, 8)
+
+
+# Directories that are gone, with keys below them that are yet to go
+
+
+@both_ways
+@pytest.mark.parametrize("page_keys", [1, 1000])
+async def test_a_directory_that_is_gone_is_not_shown_for_keys_that_are_yet_to_go(
+    tmp_path: Path, ask: Ask, page_keys: int
+) -> None:
+    lake = lake_with(["d/deleted", "d/moved", "d/sub/x", "k"], page_keys=page_keys)
+    async with open_cache(tmp_path, lake) as cache:
+        mount = Mount(cache)
+        assert await mount.listed() == ["d", "k"]
+
+        def empty(w: IndexWriter) -> list[int]:
+            w.detach(ROOT_INODE, b"d")
+            rows = (Delete(b"d/deleted"), Move(b"d/moved", b"m", 0, KIND_FILE), Delete(b"d/sub/x"))
+            return [cache.table.add(w, row) for row in rows]
+
+        seqs = await cache.committer.commit(empty)
+        for _ in range(2):
+            assert await ask(mount, ["d", "k"]) == {"k"}
+        lake.fill({"d/foreign": b"another client's"})
+        lake.delete_many(["d/deleted", "d/moved", "d/sub/x"])
+        for seq in seqs:
+            await mount.done(seq)
+        assert await ask(mount, ["d", "k"]) == {"d", "k"}
+        assert await mount.listed(mount.node("d")[0]) == ["foreign"]
+
+
+@both_ways
+async def test_a_directory_that_was_never_listed_is_shown_for_what_stays_in_it(
+    tmp_path: Path, ask: Ask
+) -> None:
+    """As after the index was lost."""
+    lake = lake_with(["d/deleted", "d/kept"])
+    async with open_cache(tmp_path, lake) as cache:
+        mount = Mount(cache)
+        await mount.commit(lambda w: cache.table.add(w, Delete(b"d/deleted")))
+        assert await ask(mount, ["d"]) == {"d"}
+        assert await mount.listed(mount.node("d")[0]) == ["kept"]
+
+
+async def test_a_directory_that_is_gone_costs_no_request_once_the_lake_is_rid_of_it(tmp_path: Path) -> None:
+    lake = lake_with(["d/x", "k"])
+    async with open_cache(tmp_path, lake) as cache:
+        await Mount(cache).listed()
+        assert lake.listed == [""]
+
+
+async def test_a_new_directory_in_a_moved_one_shows_nothing_of_what_was_moved_out_before(
+    tmp_path: Path,
+) -> None:
+    lake = lake_with(["a/sub/x", "a/y"])
+    async with open_cache(tmp_path, lake) as cache:
+        mount = Mount(cache)
+        await mount.listed()
+
+        def change(w: IndexWriter) -> Inode:
+            found = w.child(ROOT_INODE, b"a")
+            assert found is not None
+            inode, node = found
+            out = w.attach(Node(ROOT_INODE, b"out", KIND_DIRECTORY, origin=b"a/sub/"))
+            cache.table.add(w, Move(b"a/sub/", b"out", out, KIND_DIRECTORY))
+            w.move(inode, replace(node, name=b"b", origin=b"a/"))
+            cache.table.add(w, Move(b"a/", b"b", inode, KIND_DIRECTORY))
+            new = w.attach(Node(inode, b"sub", KIND_DIRECTORY))
+            cache.table.add(w, Mark(b"b/sub", new, is_new=True))
+            return new
+
+        new = await cache.committer.commit(change)
+        assert await mount.listed(mount.node("b")[0]) == ["sub", "y"]
+        assert await mount.listed(new) == []
+        assert await mount.listed(mount.node("out")[0]) == ["x"]

@@ -556,7 +556,7 @@ async def test_a_file_of_more_than_one_object_fails_clearly(
 
 
 async def test_an_abandoned_open_row_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.dispatching._ABANDONED_S", 0.0)
+    monkeypatch.setattr("cache.planning._ABANDONED_S", 0.0)
     monkeypatch.setattr("cache.dispatching._SCAN_S", 0.01)
     lake = WatchedLake()
     async with mounted(tmp_path, lake, replace(QUICK, open_delay_s=3600.0)) as mount:

@@ -269,6 +269,16 @@ async def test_truncation_stages_no_more_than_stays(setting: Setting) -> None:
     assert setting.opens.state(emptied).writers == 1 and handle & WRITING_BIT
 
 
+async def test_a_staged_file_that_grows_is_not_said_to_be_cut(setting: Setting) -> None:
+    """Its size in the index is the one that it was sealed with, or none."""
+    handle, inode = await setting.create()
+    await setting.writing.write(handle, 0, b"x" * 100)
+    for id, size_bytes in ((4, 150), (6, 120), (8, 0)):
+        await setting.writing.set_size(inode, size_bytes, id)
+    requests = setting.mover.requests(messages.Stage)
+    assert requests == [messages.Stage(inode, size_bytes) for size_bytes in (150, 120, 0)]
+
+
 async def test_what_was_cut_off_reads_as_zeroes_when_the_file_grows_again(setting: Setting) -> None:
     handle, inode = await setting.create()
     await setting.writing.write(handle, 0, b"x" * 100)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from cache import messages
+from cache import client, messages
+from cache.config import CacheDirectory, LakeConfig, MountConfig
 from cache.errors import (
     AttributeMissing,
     CacheError,
@@ -26,10 +27,14 @@ from cache.errors import (
     StagingFull,
 )
 from cache.index import IndexWriter
+from cache.journal import Journal
 from cache.model import MIB, ROOT_INODE
-from cache.pending import OPEN, SEALED, Delete, Local, Mark, Orphan, Put, Restate
+from cache.mover import Mover, TierPlan, run_mover
+from cache.pending import CONFLICT, OPEN, SEALED, Delete, Local, Mark, Orphan, Put, Restate
+from cache.renaming import replace
+from cache.store import open_store
 from tests.changing import GID, UID, Files
-from tests.wiring import WatchedLake, bodies, open_cache
+from tests.wiring import Shared, WatchedLake, bodies, open_cache
 
 
 @pytest.fixture
@@ -543,6 +548,110 @@ async def test_sync_notes_the_length_and_waits_for_the_journal(files: Files) -> 
     assert writing is not None
     (row,) = writing.ledger.journal.rows().values()
     assert isinstance(row, Put) and row.synced_bytes == 5
+
+
+@pytest.mark.parametrize(("keep_bytes", "synced_bytes"), [(0, -1), (3, 3), (5, 5), (9, 5), (-1, 5)])
+async def test_what_is_cut_off_is_not_durable_any_more_before_it_is_written_again(
+    files: Files, keep_bytes: int, synced_bytes: int
+) -> None:
+    inode = await files.create_open("f")
+    files.write_open(inode, b"12345")
+    await files.changes.sync(inode, 5, remote=False)
+    await files.changes.stage(inode, keep_bytes)
+    writing = files.cache.writing
+    assert writing is not None
+    (row,) = writing.ledger.journal.rows().values()
+    assert isinstance(row, Put) and row.synced_bytes == synced_bytes
+
+
+async def test_a_file_that_is_opened_while_it_is_to_be_sealed_stays_open(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inode = await files.create_open("f")
+    files.write_open(inode, b"12345")
+    commit = files.cache.committer.commit
+
+    async def open_first(change: Callable[[IndexWriter], object]) -> object:
+        monkeypatch.undo()
+        files.opens.opened(inode, writing=True)
+        await files.changes.stage(inode, -1)
+        return await commit(change)
+
+    monkeypatch.setattr(files.cache.committer, "commit", open_first)
+    await files.close(inode)
+    (row,) = files.rows()
+    assert isinstance(row, Put) and (row.state, row.size_bytes) == (OPEN, -1)
+    files.write_open(inode, b"1234567")
+    await files.close(inode)
+    (row,) = files.rows()
+    assert isinstance(row, Put) and (row.state, row.size_bytes) == (SEALED, 7)
+
+
+@pytest.mark.parametrize("state", [SEALED, CONFLICT])
+async def test_closing_gives_a_sealed_file_the_size_that_it_has(files: Files, state: str) -> None:
+    inode = await files.create("f", b"12345")
+    table = files.cache.table
+    (seq,) = table.rows
+
+    def change(w: IndexWriter) -> None:
+        row = table.rows[seq]
+        assert isinstance(row, Put)
+        table.replace(w, seq, replace(row, state=state))
+
+    await files.cache.committer.commit(change)
+    files.write_open(inode, b"1234567")
+    await files.changes.closed(inode)
+    (row,) = files.rows()
+    assert isinstance(row, Put) and (row.state, row.size_bytes) == (state, 7)
+    assert (await files.node("f")).size_bytes == 7
+    await files.changes.closed(inode)
+    assert files.rows() == [row]
+
+
+async def test_who_waits_for_room_is_told_to_ask_again_after_a_while(
+    tmp_path: Path, lake: WatchedLake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker gives up a request that nobody answers."""
+    monkeypatch.setattr("cache.changes._ASK_AGAIN_S", 0.001)
+    async with open_cache(tmp_path, lake, writable=True, dirty_max=0) as cache:
+        with trio.fail_after(30):
+            await Files(cache).changes.await_room()
+    assert client._ANSWER_S_MAX > 2 * 300.0
+
+
+async def test_at_the_end_the_journal_knows_what_is_whole(tmp_path: Path, lake: WatchedLake) -> None:
+    async with open_cache(tmp_path, lake, writable=True) as cache:
+        writing = cache.writing
+        assert writing is not None
+        await Files(cache).create("f", b"12345")
+        await writing.settle()
+        cache.nursery.cancel_scope.cancel()
+        writing.finish()
+        (row,) = writing.ledger.journal.rows().values()
+        assert isinstance(row, Put) and (row.state, row.size_bytes) == (SEALED, 5)
+
+
+async def test_the_mover_finishes_the_journal_when_nothing_runs_any_more(
+    tmp_path: Path, lake: WatchedLake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_directory = tmp_path / "cache"
+    plans = [TierPlan("nvme0", cache_directory, False, 64 * MIB)]
+    config = MountConfig(LakeConfig("s3://bucket"), tmp_path, (CacheDirectory(cache_directory),))
+    store = open_store(config)
+    monkeypatch.setattr("cache.mover.open_lake", lambda config: lake)
+    shared = Shared.make()
+
+    async def serve(mover: Mover, changes: object) -> None:
+        request = messages.Create(ROOT_INODE, b"f", 0o644, UID, GID)
+        answer = await mover.handle(request, 2)
+        await mover.handle(messages.Closed(answer.value))
+
+    await run_mover(config, plans, shared, serve, first=True)  # type: ignore[arg-type]
+    journal = Journal(cache_directory, store.id)
+    rows = list(journal.rows().values())
+    journal.close()
+    store.release()
+    assert [(row.path, row.state) for row in rows if isinstance(row, Put)] == [(b"f", SEALED)]
 
 
 async def test_a_journal_that_failed_refuses_changes(files: Files) -> None:

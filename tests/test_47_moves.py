@@ -107,6 +107,24 @@ async def test_what_changes_below_a_moving_directory_ends_where_the_mount_shows_
             assert await mount.read(key) == body
 
 
+async def test_a_new_directory_that_moves_too_takes_nothing_from_the_one_before_it(tmp_path: Path) -> None:
+    lake = WatchedLake()
+    lake.fill({"a/": b"", "a/f": b"old", "a/d/f": b"deep", "b": b"b"})
+    async with mounted(tmp_path, lake) as mount:
+        await list_all(mount)
+        gate = lake.hold("copy")
+        await mount.rename("a", "first")
+        await lake.met("copy")
+        await mount.mkdir("a")
+        await mount.rename("b", "a/b")
+        await mount.rename("a", "second")
+        gate.set()
+        await mount.drain()
+        expected = {"first/f": b"old", "first/d/f": b"deep", "second/b": b"b"}
+        assert {key: content(lake, key) for key in keys(lake) if not key.endswith("/")} == expected
+        assert not any(key.startswith("a/") for key in keys(lake))
+
+
 async def test_a_removed_tree_is_deleted_in_batches(tmp_path: Path) -> None:
     lake = WatchedLake()
     lake.fill({f"d/f{i}": b"" for i in range(300)} | {"d/": b"", "kept": b""})
