@@ -1,4 +1,4 @@
-"""What is written while the kernel itself writes the staging file: each claim with passthrough and without."""
+"""The kernel writes staging files itself: what programs see, with passthrough and without."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_enospc_and_what_was_written_stays(
     with small_disk(tmp_path, 200 * MIB) as disk:
         options = ("-o", "rw", "--upload-delay=3600", "--dirty-max=1G", "--keep-free=0", "--dram=0")
         mount = mounting.mount(
-            folder.url, *options, f"--passthrough={passthrough}", f"--cache={disk}/cache:32M"
+            folder.url, *options, f"--passthrough={passthrough}", f"--cache={disk}/cache:64M"
         )
         with (mount.directory / "new").open("wb", buffering=0) as file:
             file.write(BODY)
