@@ -55,6 +55,7 @@ _READERS_MAX, _WRITERS_MAX = (1 << 20) - 1, (1 << 12) - 1
 _WRITERS_SHIFT, _BACKING_SHIFT = 20, 32
 BACKING_ID_MAX = (1 << 31) - 1
 _ANSWERED_CACHED = 1 << 63
+_MAPPED_CELLS = 1 << 16
 
 
 class Mode(Enum):
@@ -97,6 +98,7 @@ class OpenTable:
         # A record lock is the process's: it does not hold off that process's other threads.
         self._thread_lock = threading.Lock()
         self._holder = 0
+        self._mapped = mmap.mmap(-1, _MAPPED_CELLS)
 
     def opened(self, inode: int, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one more open; return the state with it. *request*: see `Held.opened`."""
@@ -152,6 +154,20 @@ class OpenTable:
         if self._cells[place] != word:
             return False
         return self.state(self._cells[place + 1]).mode is Mode.PASSTHROUGH
+
+    # Mappings
+
+    def note_mapped(self, inode: int) -> None:
+        """*inode* is about to be open for reading and writing in passthrough.
+
+        A mapping of it is one of the backing file: unlike any other it may be written to after the
+        kernel has sent RELEASE (fs/backing-file.c: backing_file_mmap).
+        """
+        self._mapped[inode % _MAPPED_CELLS] = 1
+
+    def may_be_mapped(self, inode: int) -> bool:
+        """Return whether that was ever noted of *inode*, or of one that shares its cell."""
+        return bool(self._mapped[inode % _MAPPED_CELLS])
 
     # The lock
 

@@ -14,7 +14,7 @@ import msgspec
 from cache.committer import Committer
 from cache.errors import LakeUnavailable, MountReadOnly, SluiceError
 from cache.index import IndexWriter
-from cache.opens import OpenTable
+from cache.opens import Mode, OpenTable
 from cache.pending import (
     CONFLICT,
     FAILED,
@@ -36,6 +36,7 @@ from cache.staging import StagingFiles
 
 log = logging.getLogger(__name__)
 
+_MAPPED_S = 10.0  # What may be mapped for writing after its last close is looked at so often.
 _ABANDONED_S = 5.0  # An OPEN row that nobody has open for so long was missed: it is sealed.
 _DELETE_GATHER_S = 0.1  # Deletes wait so long for others, to go in one request.
 replace = msgspec.structs.replace
@@ -155,17 +156,19 @@ class Plans:
             return now_s + self._config.backoff.refused_s
         self._note_dirty(progress, status.st_size)
         written = self._may_be_written(row)
-        if written or row.state == OPEN:
+        kept = written or self._is_passed_through(row)
+        if kept or row.state == OPEN:
             self.open.add(seq)
         else:
             self.open.discard(seq)
         if row.state == OPEN and not written and now_s - progress.since_s > _ABANDONED_S:
             self._seal(seq, row.inode)
         is_uploaded = row.uploaded == upload_mark(row, status.st_ctime_ns)
-        progress.is_idle = is_uploaded and written
+        may_be_mapped = self._opens is not None and self._opens.may_be_mapped(row.inode)
+        progress.is_idle = is_uploaded and (kept or may_be_mapped)
         if is_uploaded:
             self._note_dirty(progress, 0)
-            return None if written else now_s
+            return None if kept else now_s + (_MAPPED_S if may_be_mapped else 0.0)
         if seq in self._table.running:
             return now_s  # To be settled: it was begun before.
         changed_at_s = max(status.st_ctime, row.sealed_at_s)
@@ -173,6 +176,9 @@ class Plans:
 
     def _may_be_written(self, row: Put) -> bool:
         return self._opens is None or self._opens.state(row.inode).may_be_written
+
+    def _is_passed_through(self, row: Put) -> bool:
+        return self._opens is not None and self._opens.state(row.inode).mode is Mode.PASSTHROUGH
 
     def _note_dirty(self, progress: Progress, size_bytes: int) -> None:
         self._dirty_bytes += size_bytes - progress.dirty_bytes

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -174,6 +176,10 @@ class StagingFiles:
         """Close the descriptors of files that have no name any more, so that their space comes free."""
         self._fds.drop_removed()
 
+    def release_idle(self) -> None:
+        """Close the descriptors that nobody used since the last call."""
+        self._fds.drop_idle()
+
     def close(self) -> None:
         self._fds.close()
 
@@ -192,6 +198,7 @@ class FdCache:
         self._fds: OrderedDict[int, int] = OrderedDict()  # Used longest ago first.
         self._holds: dict[int, int] = {}
         self._dropped: set[int] = set()  # Held ones that are to be closed.
+        self._used: set[int] = set()  # Since `drop_idle` was called last.
 
     def get(self, number: int) -> int:
         with self._lock:
@@ -222,6 +229,12 @@ class FdCache:
                 if os.fstat(fd).st_nlink == 0:
                     self._drop(number)
 
+    def drop_idle(self) -> None:
+        with self._lock:
+            for number in [number for number in self._fds if number not in self._used | self._holds.keys()]:
+                self._close(number)
+            self._used.clear()
+
     def close(self) -> None:
         with self._lock:
             for number in list(self._fds):
@@ -233,6 +246,7 @@ class FdCache:
             fd = self._fds[number] = os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
             self._shrink(keep=number)
         self._fds.move_to_end(number)
+        self._used.add(number)
         return fd
 
     def _shrink(self, keep: int = 0) -> None:
@@ -251,6 +265,23 @@ class FdCache:
     def _close(self, number: int) -> None:
         self._dropped.discard(number)
         os.close(self._fds.pop(number))
+
+
+def is_open_for_writing(fd: int) -> bool:
+    """Return whether anybody has the file open or mapped for writing. *fd*: open for reading only.
+
+    The kernel refuses a lease then (fs/locks.c: check_conflicting_open). For the main thread: while
+    there is a lease, who opens the file to write has the kernel send SIGIO.
+    """
+    previous = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return False
+    except OSError:
+        return True
+    finally:
+        signal.signal(signal.SIGIO, previous)
 
 
 def _numbers_in(names: Iterable[str]) -> Iterator[int]:

@@ -30,13 +30,13 @@ from cache.journaling import JournalKeeper
 from cache.lake_io import LakeIO
 from cache.metadata import SentId, checksum_of, metadata_of, with_id
 from cache.model import OBJECT_BYTES_MAX, ObjectInfo, ObjectVersion
-from cache.opens import OpenTable
+from cache.opens import Mode, OpenState, OpenTable
 from cache.pending import CONFLICT, FAILED, SEALED, Delete, Move, PendingTable, Put, Restate, upload_mark
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, part_bytes
 from cache.records import Node
 from cache.residency import Land, Residency
 from cache.sending import Content, Sender, Stale, Summed, Upload, opened
-from cache.staging import StagingFiles
+from cache.staging import StagingFiles, is_open_for_writing
 
 log = logging.getLogger(__name__)
 
@@ -346,12 +346,23 @@ class Puts:
         if self._opens is None:
             return False  # Nobody knows who has it open.
         with self._opens.held(row.inode) as held:
-            if held.state.may_be_written or not self._is_unchanged(content):
+            if not self._may_become_clean(row, held.state, content):
                 return False
             put_rows = land() if land is not None else None
             self._committer.commit_now(lambda w: self._make_clean(w, seq, sent, content, info, put_rows))
         self._keeper.discard(row.staged)
         return True
+
+    def _may_become_clean(self, row: Put, state: OpenState, content: Content) -> bool:
+        """Return whether nobody can write to the staging file any more, and nobody did."""
+        assert self._opens is not None and content.fd is not None
+        if state.may_be_written or state.mode is Mode.PASSTHROUGH:
+            return False  # Who opens it next gets the same file from the kernel, for writing too.
+        if self._opens.may_be_mapped(row.inode):
+            self._staging.release(row.staged)
+            if is_open_for_writing(content.fd):
+                return False
+        return self._is_unchanged(content)
 
     def _is_unchanged(self, content: Content) -> bool:
         try:

@@ -13,7 +13,7 @@ import pyfuse3
 from cache.counters import CounterRow
 from cache.messages import RemoveDirectory, Rename, SetAttributes, Unlink
 from cache.model import NAME_BYTES_MAX, Inode
-from fusefs.channel import last_unique
+from fusefs.channel import last_unique, pass_through
 from fusefs.filesystem import Filesystem
 from fusefs.guarding import guarded
 from fusefs.namespace import Entry
@@ -63,9 +63,22 @@ class ChangingOperations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         id = last_unique()
         self.counters.add("opens")
-        handle, inode = await self._writing().create(Inode(parent_inode), name, mode, _owner(ctx), flags, id)
-        info = pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
-        return info, self._attributes_now(inode)
+        writing = self._writing()
+        handle, inode = await writing.create(Inode(parent_inode), name, mode, _owner(ctx), flags, id)
+        attributes = self._attributes_now(inode)
+        return self._opened(writing, handle, flags, id), attributes
+
+    def _opened(self, writing: Writing, handle: int, flags: int, id: int) -> pyfuse3.FileInfo:
+        """Return the answer to an open. It is to follow without an await.
+
+        In cached mode the kernel itself sends all that is written: what its page cache holds is good for
+        ever. In passthrough it writes past that, so it begins with nothing in it.
+        """
+        backing_id = writing.begin(handle, flags)
+        if backing_id:
+            self.counters.add("opens_passed_through")
+            pass_through(id, backing_id)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=not backing_id)
 
     @guarded
     async def mknod(

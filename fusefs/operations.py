@@ -121,13 +121,12 @@ class Operations(ChangingOperations):
         id = last_unique()
         if self.writing is not None:
             handle = await self.writing.open_file(Inode(inode), flags, id)
-        else:
-            handle = await self.filesystem.open_file(Inode(inode))
-            handle, backing_id = self.filesystem.begin(handle, id)  # No await from here on.
-            if backing_id:
-                pass_through(id, backing_id)
-        # The inode is one object version, or the kernel itself sends all that is written to it: what
-        # the page cache holds of it is good for ever.
+            return self._opened(self.writing, handle, flags, id)
+        handle = await self.filesystem.open_file(Inode(inode))
+        handle, backing_id = self.filesystem.begin(handle, id)  # No await from here on.
+        if backing_id:
+            pass_through(id, backing_id)
+        # The inode is one object version, so what the page cache holds of it is good for ever.
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 
     @guarded

@@ -138,19 +138,21 @@ def reason_of(error: OSError) -> str:
 
 def want(config: MountConfig) -> None:
     """Have the session that is initialised next ask the kernel for passthrough, if it is of use."""
-    if config.passthrough != "off" and config.profile != "dataset" and config.read_only:
+    if config.passthrough != "off" and not (config.profile == "dataset" and config.read_only):
         channel.want_passthrough()
 
 
 def failure(config: MountConfig, fd: int, tiers: Iterable[Path]) -> str | None:
-    """Return None where the session can pass files of *tiers* through, else why it can't."""
+    """Return None where the session can pass files through, else why it can't.
+
+    They are files of *tiers*, on writable mounts staging files.
+    """
     if config.passthrough == "off":
         return "--passthrough off"
-    if config.profile == "dataset":
+    if config.profile == "dataset" and config.read_only:
         return "--profile dataset: opens send no request, so the kernel is told of no file"
-    if not config.read_only:
-        return "the mount is writable"
-    return channel.passthrough_failure() or _try_tiers(fd, tiers)
+    directories = tiers if config.read_only else (config.index_directory,)
+    return channel.passthrough_failure() or _try_tiers(fd, directories)
 
 
 def _try_tiers(fd: int, tiers: Iterable[Path]) -> str | None:
@@ -187,6 +189,9 @@ def choose(
         "opens send no request, so the kernel is told of no file; --profile checkpoint has it instead"
         if no_open["on"]
         else f"cached files of {PASSTHROUGH_BYTES_MIN // MIB} MiB or more are read by the kernel itself"
+        if config.read_only
+        else "what the lake has not yet got is written and read by the kernel itself; what it has, while the"
+        " mount is writable, through Python"
     )
     passes = failure is None and not no_open["on"]
     return {"no_open": no_open, "passthrough": {"on": passes, "reason": reason}}

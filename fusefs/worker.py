@@ -79,7 +79,9 @@ def equip(
         return [filesystem.flush_used_regularly]
     gate = WriteGate(shared.counters, counters, shared.budget, mover)
     durability = Durability(config.durability, config.durability_default)
-    operations.writing = writing = Writing(index, mover, filesystem, staging, shared.opens, gate, durability)
+    operations.writing = writing = Writing(
+        index, mover, filesystem, staging, shared.opens, gate, durability, operations.passthrough
+    )
     return [filesystem.flush_used_regularly, writing.release_descriptors_regularly]
 
 

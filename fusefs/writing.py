@@ -54,6 +54,7 @@ from cache.records import Node
 from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import WRITING_BIT, Filesystem, inode_of
+from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
 
 log = logging.getLogger(__name__)
 
@@ -128,12 +129,14 @@ class Writing:
         opens: OpenTable | None,
         gate: WriteGate,
         durability: Durability,
+        passthrough: Passthrough | None = None,
     ) -> None:
         self._index = index
         self._mover = mover
         self._filesystem = filesystem
         self._staging = staging
         self._opens = opens
+        self._passthrough = passthrough
         self._gate = gate
         self.durability = durability
 
@@ -155,6 +158,7 @@ class Writing:
         """Make a file; return a handle for it, and its inode. Raises NameExists with O_EXCL."""
         _check_name(name)
         gid = self._gid_below(parent, owner)
+        await self._enter_early()
         try:
             inode = await self.change(Create(parent, name, stat.S_IMODE(mode), owner.uid, gid), id)
         except NameExists as error:
@@ -201,6 +205,8 @@ class Writing:
         """Return a handle; with O_TRUNC the file is empty then. Raises SluiceError."""
         cuts = bool(flags & os.O_TRUNC)
         writing = cuts or flags & os.O_ACCMODE != os.O_RDONLY
+        if writing:
+            await self._enter_early()
         self._count_open(inode, writing=writing, id=id)
         try:
             if cuts:
@@ -214,11 +220,49 @@ class Writing:
             raise
         return handle | (WRITING_BIT if writing else 0)
 
+    async def _enter_early(self) -> None:
+        """Wait for room at the open already where the kernel might send no write afterwards."""
+        if self._passthrough is not None:
+            await self._gate.enter()
+
+    def begin(self, handle: int, flags: int) -> int:
+        """Return the backing id to answer an open with that was counted; 0 for cached mode.
+
+        No await from here to the answer.
+        """
+        if self._passthrough is None:
+            return 0
+        inode = inode_of(handle)
+        backing_id = self._passthrough.answered(inode, lambda: self._backing_file(inode, flags))
+        if backing_id and flags & os.O_ACCMODE == os.O_RDWR:
+            self._passthrough.opens.note_mapped(inode)
+        return backing_id
+
+    def _backing_file(self, inode: Inode, flags: int) -> int | None:
+        """Return a descriptor of the staging file, None where this open is to be in cached mode.
+
+        What is opened first for reading and writing may be mapped for both, and the mapping would
+        outlive the release: such files take the way of old. Cached objects are nobody's to write to.
+        """
+        node, access = self._index.node(inode), flags & os.O_ACCMODE
+        if node is None or not node.staged or access == os.O_RDWR:
+            return None
+        try:
+            fd = os.open(self._staging.path(node.staged), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None  # Cached mode sees to that.
+        if access == os.O_RDONLY and os.fstat(fd).st_size < PASSTHROUGH_BYTES_MIN:
+            os.close(fd)
+            return None
+        return fd
+
     def release(self, handle: int, id: int) -> None:
         self._count_closed(inode_of(handle), writing=bool(handle & WRITING_BIT), id=id)
 
     def _count_open(self, inode: Inode, *, writing: bool, id: int) -> None:
-        if self._opens is not None:
+        if self._passthrough is not None:
+            self._passthrough.counted(inode, writing=writing, request=id)
+        elif self._opens is not None:
             self._opens.opened(inode, writing=writing, request=id)
 
     def _count_closed(self, inode: Inode, *, writing: bool, id: int) -> None:
@@ -226,9 +270,17 @@ class Writing:
         if self._opens is None:
             self._mover.tell(Closed(inode))
             return
-        state = self._opens.closed(inode, writing=writing, request=id)
-        if (writing and not state.may_be_written) or (not state.is_open and self._index.is_detached(inode)):
+        counts = self._passthrough or self._opens
+        state = counts.closed(inode, writing=writing, request=id)
+        if (writing and not state.may_be_written) or (not state.is_open and self._awaits_close(inode)):
             self._mover.tell(Closed(inode))
+
+    def _awaits_close(self, inode: Inode) -> bool:
+        """Return whether the mover does something once nobody has the file open, readers included."""
+        if self._index.is_detached(inode):
+            return True
+        node = self._index.node(inode)
+        return self._passthrough is not None and node is not None and node.staged != 0
 
     @asynccontextmanager
     async def _counted(self, inode: Inode, id: int) -> AsyncIterator[None]:
@@ -369,6 +421,7 @@ class Writing:
         while True:
             await trio.sleep(1.0)
             self._staging.release_removed()
+            self._staging.release_idle()
 
 
 def _check_name(name: bytes) -> None:

@@ -419,3 +419,11 @@ def test_nobody_opens_an_inode_while_another_process_decides_about_it(table: Ope
     assert table.state(5).readers == 1
     os.close(told)
     os.close(tell)
+
+
+def test_what_was_noted_as_mapped_may_be_mapped_for_ever() -> None:
+    table = OpenTable()
+    assert not table.may_be_mapped(7)
+    table.note_mapped(7)
+    table.note_mapped(7 + (1 << 40))
+    assert table.may_be_mapped(7) and table.may_be_mapped(7 + (1 << 40)) and not table.may_be_mapped(8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from cache import staging as staging_module
 from cache.errors import CacheError, StagingFull
-from cache.staging import StagingFiles
+from cache.staging import StagingFiles, is_open_for_writing
 
 
 @pytest.fixture
@@ -213,3 +214,41 @@ def test_descriptors_of_removed_files_give_their_space_back(staging: StagingFile
     assert open_fds() == before - 2
     staging.fd(2)
     staging.close()
+
+
+def test_idle_descriptors_are_closed_and_used_ones_stay(tmp_path: Path) -> None:
+    staging = StagingFiles(tmp_path)
+    staging.prepare()
+    for number in (1, 2, 3):
+        staging.create(number)
+    kept, _ = staging.fd(1), staging.fd(2)
+    with staging.held(3) as held:
+        staging.release_idle()
+        assert staging.fd(1) == kept
+        staging.release_idle()
+        assert staging.fd(1) == kept
+        os.fstat(held)
+    assert is_open_for_writing_path(staging.path(1)) and not is_open_for_writing_path(staging.path(2))
+    staging.close()
+
+
+def is_open_for_writing_path(path: str) -> bool:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return is_open_for_writing(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_that_is_open_or_mapped_for_writing_is_known_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 4096)
+    assert not is_open_for_writing_path(str(path))
+    with path.open("rb"):
+        assert not is_open_for_writing_path(str(path))
+    with path.open("r+b") as file:
+        assert is_open_for_writing_path(str(path))
+        mapped = mmap.mmap(file.fileno(), 0)
+    assert is_open_for_writing_path(str(path))
+    mapped.close()
+    assert not is_open_for_writing_path(str(path))

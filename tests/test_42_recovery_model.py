@@ -22,7 +22,7 @@ _LIMIT_S = 60.0
 
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["held back", "sent in between"])
-@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + SEEDS))
+@pytest.mark.parametrize("seed", sorted({24, *range(FIRST_SEED, FIRST_SEED + SEEDS)}))
 async def test_a_lost_index_is_made_anew_from_the_journal(tmp_path: Path, seed: int, is_sent: bool) -> None:
     """*is_sent*: the uploader is stopped anywhere in its work, else it has not begun."""
     lake, model, steps = WatchedLake(), Model(start()), list[str]()

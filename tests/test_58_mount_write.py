@@ -32,13 +32,13 @@ SMALL, LARGE = content(300_000, seed=58), content(9 * MIB + 7, seed=58)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@pytest.fixture(scope="module", params=["directory", "S3"])
+@pytest.fixture(scope="module", params=["directory", "S3", "no passthrough"])
 def mount(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveMount]:
     """One writable mount for all tests; what is closed is sent after a moment, while they go on."""
     home = tmp_path_factory.mktemp("write")
     lake: Lake
     environment: dict[str, str] = {}
-    if request.param == "directory":
+    if request.param != "S3":
         lake = Folder(home / "lake")
     else:
         server: SeaweedServer = request.getfixturevalue("s3_server")
@@ -51,6 +51,8 @@ def mount(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     lake.put("lake/tree/a/leaf", b"leaf")
     with mounting_below(home) as mounting:
         options = (*lake.options, *WRITABLE, "--ttl=600", "--upload-delay=0.3", "--workers=2")
+        if request.param == "no passthrough":
+            options += ("--passthrough=off",)
         yield mounting.mount(lake.url, *options, environment=environment)
 
 
@@ -584,7 +586,7 @@ def test_statfs_tells_the_room_there_is(mount: LiveMount) -> None:
 
 def test_a_small_write_costs_one_request(mounting: Mounting, folder: Folder) -> None:
     """The kernel's question about security.capability, before each of them, is answered in C."""
-    mount = mounting.mount(folder.url, *WRITABLE)
+    mount = mounting.mount(folder.url, *WRITABLE, "--passthrough=off")
     with (mount.directory / "file").open("wb", buffering=0) as file:
         file.write(b"first")
         before = mount.reads()["requests"]["requests"]
