@@ -74,7 +74,7 @@ class MountConfig:
     policy: str = "epoch"  # Or "lru".
     read_ahead: str = "set"  # Or "file" (only within large files), "none".
     profile: str = "auto"  # Or "dataset" (open(2) sends no request), "checkpoint" (it does).
-    passthrough: str = "auto"  # Or "off": Python answers every read of an open file.
+    passthrough: str = "auto"  # On read-only mounts. Or "all"; or "off": Python answers every read.
     allow_other: bool = False
     uid: int = 0  # Owner shown for every file.
     gid: int = 0

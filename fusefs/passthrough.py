@@ -138,7 +138,7 @@ def reason_of(error: OSError) -> str:
 
 def want(config: MountConfig) -> None:
     """Have the session that is initialised next ask the kernel for passthrough, if it is of use."""
-    if config.passthrough != "off" and not (config.profile == "dataset" and config.read_only):
+    if _excluded(config) is None:
         channel.want_passthrough()
 
 
@@ -147,12 +147,22 @@ def failure(config: MountConfig, fd: int, tiers: Iterable[Path]) -> str | None:
 
     They are files of *tiers*, on writable mounts staging files.
     """
+    excluded = _excluded(config)
+    if excluded is not None:
+        return excluded
+    directories = tiers if config.read_only else (config.index_directory,)
+    return channel.passthrough_failure() or _try_tiers(fd, directories)
+
+
+def _excluded(config: MountConfig) -> str | None:
+    """Return why the options leave passthrough out, None if they don't."""
     if config.passthrough == "off":
         return "--passthrough off"
     if config.profile == "dataset" and config.read_only:
         return "--profile dataset: opens send no request, so the kernel is told of no file"
-    directories = tiers if config.read_only else (config.index_directory,)
-    return channel.passthrough_failure() or _try_tiers(fd, directories)
+    if config.passthrough == "auto" and not config.read_only:
+        return "the mount is writable; --passthrough all has staging files written by the kernel itself"
+    return None
 
 
 def _try_tiers(fd: int, tiers: Iterable[Path]) -> str | None:

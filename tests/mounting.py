@@ -157,8 +157,8 @@ class LiveMount(Mounted):
         if self._was_killed:
             detach(self.cache / "dram")  # Kept for the next mount: it holds what was cached.
         with suppress(MountFailed, subprocess.TimeoutExpired):
-            if self.directory in mounts_below(self.home):
-                self.unmount()
+            if self.directory in mounts_below(self.home):  # Not waiting for a lake that lacks something.
+                self._sluice("umount", "--lazy", str(self.directory))
 
     def _cancel_watchdog(self) -> None:
         if self._watchdog is not None:

@@ -10,10 +10,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
+from tests.mounting import until
 from tools.servers import Faults, NginxProxy, SeaweedServer, ServerError, SlowProxy
 
 CONTENT = bytes(range(256)) * 2000
+
+
+def _stored(server: SeaweedServer) -> bytes:
+    try:
+        body: bytes = server.client().get_object(Bucket="bucket", Key="key")["Body"].read()
+    except ClientError:
+        return b""
+    return body
 
 
 def test_a_killed_server_comes_back_with_its_data(tmp_path: Path) -> None:
@@ -24,7 +34,7 @@ def test_a_killed_server_comes_back_with_its_data(tmp_path: Path) -> None:
         server.kill()
         server.restart()
         assert server.endpoint_url == endpoint_url
-        assert server.client().get_object(Bucket="bucket", Key="key")["Body"].read() == CONTENT
+        assert until(lambda: _stored(server), "the volumes are back") == CONTENT
     assert (tmp_path / "data").is_dir()
 
 

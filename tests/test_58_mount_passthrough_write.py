@@ -16,20 +16,21 @@ import pytest
 
 from tests.disks import fill_up, small_disk
 from tests.mounting import MIB, Folder, LiveMount, Mounting, content, until
+from tests.open_faults import tolerate
 
 WRITABLE = ("-o", "rw", "--upload-delay=0.3", "--upload-open-delay=0.5")
 STRESS_S = float(os.environ.get("SLUICE_STRESS_S", "4"))
 BODY = content(5 * MIB + 7, seed=3)
 
 
-@pytest.fixture(params=["auto", "off"])
+@pytest.fixture(params=["all", "off"])
 def mount(request: pytest.FixtureRequest, mounting: Mounting, folder: Folder) -> LiveMount:
     folder.put("old", BODY)
     mount = mounting.mount(folder.url, *WRITABLE, "--workers=2", f"--passthrough={request.param}")
     feature = mount.status()["features"]["passthrough"]
-    if request.param == "auto" and not feature["on"]:
+    if request.param == "all" and not feature["on"]:
         pytest.skip(str(feature["reason"]))
-    assert feature["on"] is (request.param == "auto")
+    assert feature["on"] is (request.param == "all")
     return mount
 
 
@@ -179,7 +180,7 @@ def test_a_file_of_the_lake_is_never_written_to_in_the_cache(mount: LiveMount, f
     assert mount.reads()["corrupt_blocks"] == 0
 
 
-@pytest.mark.parametrize("passthrough", ["auto", "off"])
+@pytest.mark.parametrize("passthrough", ["all", "off"])
 def test_a_full_disk_is_enospc_and_what_was_written_stays(
     mounting: Mounting, folder: Folder, tmp_path: Path, passthrough: str
 ) -> None:
@@ -233,9 +234,11 @@ def play(directory: Path, lake: Path, seed: int, until_s: float) -> None:
 
 
 def test_rewriting_and_renaming_the_same_few_files_finds_no_error_and_no_wrong_byte(
-    mount: LiveMount, folder: Folder
+    mount: LiveMount, folder: Folder, request: pytest.FixtureRequest
 ) -> None:
     """From eight processes, while the uploader makes clean what is closed."""
+    if is_on(mount):
+        tolerate(request, "an open in passthrough may get ESTALE while others rewrite and rename the file")
     seed = random.randrange(1 << 32)
     print("seed", seed)
     context = get_context("spawn")

@@ -52,6 +52,7 @@ from tests.mounting import (
     processes_naming,
     until,
 )
+from tests.open_faults import open_fault
 
 # --- The harness itself: plain directories keep the promises, damaged ones are found out -----------------
 
@@ -193,6 +194,7 @@ def performing(
     assert "Traceback" not in mount.log()
 
 
+@open_fault("renames of directories while their objects are being moved may leave or lose an object")
 @pytest.mark.parametrize(("workers", "tops"), [(0, [""]), (1, [""]), (3, ["a", "b", "c"])], ids=str)
 def test_scripts_of_changes_do_what_they_say_and_reach_the_lake(
     mounting: Mounting, folder: Folder, workers: int, tops: list[str]
@@ -202,6 +204,7 @@ def test_scripts_of_changes_do_what_they_say_and_reach_the_lake(
         pass
 
 
+@open_fault("renames of directories while their objects are being moved may leave or lose an object")
 @pytest.mark.parametrize(("role", "seed"), [("workers", 1), ("mover", 2), ("both", 3)])
 def test_killed_workers_and_movers_fail_no_operation_and_lose_nothing(
     mounting: Mounting, folder: Folder, role: str, seed: int
@@ -318,6 +321,7 @@ def is_traced(pid: int) -> bool:
     return all("TracerPid:\t0\n" not in text for text in status)
 
 
+@open_fault("renames of directories while their objects are being moved may leave or lose an object")
 @pytest.mark.parametrize("numbers", batches(few=6, most=40), ids=str)
 @pytest.mark.parametrize("role", ["mover", "workers"])
 def test_a_process_that_dies_at_any_call_that_leaves_a_trace_loses_nothing(

@@ -110,10 +110,10 @@ OPTIONS = (
     ),
     Option(
         "passthrough",
-        kinds.choice("auto", "off"),
-        "auto: where possible the kernel reads cached files itself; off: never",
+        kinds.choice("auto", "all", "off"),
+        "auto: the kernel reads cached files itself on read-only mounts; all: staging files, too; off: never",
         "auto",
-        "auto|off",
+        "auto|all|off",
     ),
     Option("endpoint-url", kinds.Kind(kinds.parse_endpoint, (str,), "a URL"), "S3 server", "Amazon's", "URL"),
     Option("aws-profile", kinds.WORD, "profile of the AWS configuration", "boto3's choice", "NAME"),
