@@ -19,8 +19,3 @@ _IS_STRICT = bool(os.environ.get("SLUICE_STRICT"))
 def open_fault(what: str) -> pytest.MarkDecorator:
     """Mark a test that may meet the fault."""
     return pytest.mark.xfail(not _IS_STRICT, strict=False, reason=f"open fault: {what}")
-
-
-def tolerate(request: pytest.FixtureRequest, what: str) -> None:
-    """The same from within a test, for some of its parameters."""
-    request.applymarker(open_fault(what))
