@@ -304,17 +304,6 @@ class PendingTable:
             w.remove_pending(seq)
             self._note(seq, None)
 
-    def rename_tree(self, w: IndexWriter, old: bytes, new: bytes) -> None:
-        """Give all placed rows below the directory *old* their paths below *new*."""
-        for seq, row in self.below(old):
-            if seq not in self._moving_tree(row):
-                renamed = msgspec.structs.replace(row, path=new + row.path[len(old) :])
-                self.replace(w, seq, renamed)
-
-    def _moving_tree(self, row: Pending) -> Iterable[int]:
-        """Return the numbers under which a running move must keep the target that it began with."""
-        return self.running.keys() if isinstance(row, Move) else ()
-
     def _note(self, seq: int, row: Pending | None) -> None:
         self.unjournaled.pop(seq, None)
         self.unjournaled[seq] = row

@@ -13,7 +13,6 @@ from cache.errors import (
     NameExists,
     NameMissing,
     NameRefused,
-    NameTooLong,
     NotADirectory,
     NotSupported,
     ObjectMissing,
@@ -21,15 +20,12 @@ from cache.errors import (
 )
 from cache.index import IndexWriter
 from cache.model import (
-    KEY_BYTES_MAX,
     KIND_DIRECTORY,
     KIND_FIFO,
     KIND_FILE,
     KIND_SOCKET,
     KIND_SYMLINK,
-    NAME_BYTES_MAX,
     ROOT_INODE,
-    SYMLINK_SUFFIX,
     Inode,
 )
 from cache.opens import OpenTable
@@ -43,6 +39,7 @@ from cache.pending import (
     Restate,
     object_key,
 )
+from cache.policy.names import check_key
 from cache.records import Attributes, DirectoryState, Node
 from cache.renaming import EXCHANGE_NAME, RowChanges, replace
 from cache.staging import StagingFiles
@@ -121,7 +118,7 @@ class TreeChange:
         if self._w.child(parent, name) is not None:
             raise NameExists(f"{os.fsdecode(name)}: the name is taken")
         path = self._path(parent, name)
-        check_name(path, name, kind)
+        check_key(path, kind)
         return path
 
     def _path(self, parent: int, name: bytes) -> bytes:
@@ -248,7 +245,7 @@ class TreeChange:
             raise NameExists(f"{os.fsdecode(request.new_name)}: the name is taken")
         if target is not None and target[0] == inode:
             return
-        check_name(self._path(request.new_parent, request.new_name), request.new_name, node.kind)
+        check_key(self._path(request.new_parent, request.new_name), node.kind)
         self._check_not_below(inode, node, request.new_parent)
         if request.flags == RENAME_EXCHANGE:
             self._exchange(inode, node, request.parent, target)
@@ -293,7 +290,7 @@ class TreeChange:
             raise NameMissing("nothing to change places with")
         other, other_node = target
         self._check_not_below(other, other_node, parent)
-        check_name(self._path(parent, node.name), node.name, other_node.kind)
+        check_key(self._path(parent, node.name), other_node.kind)
         self._shift(inode, other_node.parent, EXCHANGE_NAME % inode, "")
         self._shift(other, parent, node.name, "")
         self._shift(inode, other_node.parent, other_node.name, "")
@@ -393,18 +390,3 @@ def make_staging_file(w: IndexWriter, staging: StagingFiles) -> int:
 
 def xattrs_bytes(xattrs: dict[bytes, bytes]) -> int:
     return sum(len(name) + len(value) for name, value in xattrs.items())
-
-
-def check_name(path: bytes, name: bytes, kind: int) -> None:
-    """Raise NameTooLong or NameRefused where the lake can't have an object for *path*."""
-    if len(name) > NAME_BYTES_MAX:
-        raise NameTooLong(f"{os.fsdecode(name)}: longer than {NAME_BYTES_MAX} bytes")
-    key_bytes = len(path) + 1 if kind == KIND_DIRECTORY else len(object_key(path, kind))
-    if key_bytes > KEY_BYTES_MAX:
-        raise NameTooLong(f"{os.fsdecode(path)}: the key would be longer than {KEY_BYTES_MAX} bytes")
-    if kind != KIND_DIRECTORY and name.endswith(os.fsencode(SYMLINK_SUFFIX)):
-        raise NameRefused(f"{os.fsdecode(path)}: {SYMLINK_SUFFIX} is the ending of symlinks' objects")
-    try:
-        path.decode()
-    except UnicodeDecodeError as error:  # S3 User Guide, "Naming Amazon S3 objects": UTF-8.
-        raise NameRefused(f"{os.fsdecode(path)!r}: the lake's names are UTF-8") from error

@@ -92,18 +92,6 @@ def dirty_bytes_max(directory: Path) -> int:
     return status.f_bavail * status.f_frsize // 2
 
 
-class NoSender:
-    """Sends nothing: a stand-in for the uploader."""
-
-    dirty_bytes = 0
-
-    def wake(self) -> None:
-        pass
-
-    async def wait_for(self, inode: int) -> None:
-        pass
-
-
 @dataclass
 class WritePath:
     ledger: Ledger

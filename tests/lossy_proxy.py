@@ -11,6 +11,7 @@ from typing import Self
 
 _CHUNK_BYTES = 256 << 10
 _INTERIM = b"HTTP/1.1 100"  # "Continue": the answer proper is still to come.
+_HEAD_END = b"\r\n\r\n"
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s. The close becomes a TCP reset.
 
 
@@ -90,7 +91,10 @@ class LossyProxy:
         """Pass on what the server sends, until an answer is to be lost."""
         try:
             while chunk := server.recv(_CHUNK_BYTES):
-                if asked.is_set() and not chunk.startswith(_INTERIM):
+                if chunk.startswith(_INTERIM):  # The answer may come in the same chunk.
+                    interim, end, chunk = chunk.partition(_HEAD_END)
+                    client.sendall(interim + end)
+                if asked.is_set() and chunk:
                     if self._loses():
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                         break

@@ -30,7 +30,6 @@ from tests.crash_script import digest, lines_told, script
 from tests.disks import fill_up, small_disk
 from tests.lossy_proxy import LossyProxy
 from tests.mounting import MIB, Folder, LiveMount, Mounting, Prefix, content, kill_each, until
-from tests.open_faults import open_fault
 from tools.servers import Faults, SeaweedServer, SlowProxy
 
 OPTIONS = ("--no-read-only", "--upload-delay=0.1", "--upload-open-delay=3600", "--keep-free=0")
@@ -58,7 +57,6 @@ def proxy(lossy: LossyProxy) -> Iterator[SlowProxy]:
         yield slow
 
 
-@open_fault("the proxy that loses answers lets one through now and then")
 def test_of_a_lost_answer_the_server_did_what_it_was_asked_to(
     lossy: LossyProxy, proxy: SlowProxy, s3_server: SeaweedServer, shared_bucket: str
 ) -> None:

@@ -39,7 +39,7 @@ from cache.residency import Residency
 from cache.restore import restore
 from cache.tier import TierBudget, TierFiles
 from cache.uploader import Uploader
-from cache.write_path import Ledger, NoSender, WritePath, load_table, make_write_path, open_ledger
+from cache.write_path import Ledger, WritePath, load_table, make_write_path, open_ledger
 
 _WAIT_S = 30.0  # A test that waits for what never happens fails instead of hanging.
 QUICK_RETRY = RetryPolicy(budget_s=20.0, first_s=0.001, longest_s=0.002, slow_down_first_s=0.001)
@@ -102,6 +102,18 @@ class Shared:
     @classmethod
     def make(cls) -> Shared:
         return cls(Counters(2), OpenTable(), WriteBudget(), Features())
+
+
+class NoSender:
+    """Sends nothing: a stand-in for the uploader."""
+
+    dirty_bytes = 0
+
+    def wake(self) -> None:
+        pass
+
+    async def wait_for(self, inode: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
