@@ -279,7 +279,7 @@ class Puts:
         if await self._committer.commit(change):
             log.error(
                 "conflict: %s; the file written here is kept and not sent: `sluice queue` shows it,"
-                " `sluice resolve` decides",
+                " `sluice queue resolve` decides",
                 refused,
             )
         raise Stale(content.key)
