@@ -16,9 +16,10 @@ from typing import Any
 
 from cache.model import MIB
 from tools.bench import lakes
+from tools.bench.field import leave
 from tools.bench.figures import Figure, MeasurementFailed, Target, alternate, progress
 from tools.bench.settings import Settings
-from tools.mounted import Mounted, sluice_command
+from tools.mounted import sluice_command
 
 NAME = "checkpoint"
 FILES = 4
@@ -66,13 +67,6 @@ def _stall(
         baseline_name="the same on ext4",
         baseline=values[1],
     )
-
-
-def leave(mount: Mounted) -> None:
-    """Unmount without sending anything, and forget it with the cache directory."""
-    done = subprocess.run([sluice_command(), "umount", "--lazy", str(mount.directory)], check=False)
-    if done.returncode != 0:
-        raise MeasurementFailed("umount --lazy failed")
 
 
 def save_all(directory: Path, size_bytes: int, writers: int) -> float:

@@ -1,0 +1,96 @@
+"""Checkpoints as rates: written and synced, read back, and when the lake has them.
+
+Uploads are held back while writing is measured, on every side that can, and files are removed before
+they would be sent. `checkpoint` measures the same against what the write-back alone is to reach.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from cache.model import GIB, MIB
+from tools.bench import checkpoint, lakes, readers
+from tools.bench.contest import Outcome, Side, Task, contest
+from tools.bench.field import Need, standing
+from tools.bench.figures import Figure, Target, progress
+from tools.bench.settings import Settings
+
+NAME = "bursts"
+FILES = checkpoint.FILES
+# As for any file system that is there to take checkpoints in: the kernel writes staging files itself.
+OPTIONS = ["--profile=checkpoint", "--passthrough=all"]
+FOLDER = "run"
+
+
+def measure(settings: Settings) -> list[Figure]:
+    size_bytes = settings.scaled(checkpoint.FILE_BYTES // MIB) * MIB
+    budget_bytes = 4 * FILES * size_bytes + GIB
+    with settings.directory(NAME) as path, lakes.seaweed(path / "server") as endpoint:
+        progress(f"{NAME}: {FILES} files of {size_bytes // MIB} MiB")
+        held = Need(endpoint, endpoint, None, budget_bytes, writable=True, holds_uploads=True)
+        with standing(settings, held, OPTIONS) as sides:
+            figures = [_written(settings, sides, size_bytes), _read_back(settings, sides, size_bytes)]
+        sent = Need(endpoint, endpoint, None, budget_bytes, writable=True)
+        with standing(settings, sent, OPTIONS) as sides:
+            return [*figures, _durable(settings, sides, endpoint, size_bytes)]
+
+
+def _written(settings: Settings, sides: list[Side], size_bytes: int) -> Figure:
+    total_bytes = FILES * size_bytes
+    what = f"{FILES} x {size_bytes // MIB} MiB written, synced and renamed, one after the other"
+    outcome = contest(
+        settings,
+        Task(f"{NAME}-written", what, "MiB/s", total_bytes / MIB, total_bytes),
+        sides,
+        lambda side, _: checkpoint.save_all(side.directory / FOLDER, size_bytes, writers=1),
+        lambda side, _: _empty(side.directory / FOLDER),
+    )
+    return outcome.figure(
+        Target(at_least=0.95), Target(at_least=3), goal="checkpoint write 4 x 512 MiB with fsync"
+    )
+
+
+def _read_back(settings: Settings, sides: list[Side], size_bytes: int) -> Figure:
+    total_bytes = FILES * size_bytes
+    files = [f"{FOLDER}/rank{number}.pt" for number in range(FILES)]
+    outcome = contest(
+        settings,
+        Task(f"{NAME}-read-back", "the same files read", "MiB/s", total_bytes / MIB, total_bytes),
+        sides,
+        lambda side, _: readers.timed(
+            readers.prepare_files, [lakes.paths_below(side.directory, files)], total_bytes
+        ),
+    )
+    return outcome.figure(Target(at_least=0.9), Target(at_least=1.2), goal="checkpoint read back")
+
+
+def _durable(settings: Settings, sides: list[Side], endpoint: lakes.Endpoint, size_bytes: int) -> Figure:
+    content = memoryview(os.urandom(checkpoint.WRITE_BYTES))
+
+    def durable_s(side: Side, number: int) -> float:
+        file = side.directory / FOLDER / f"{number}.pt"
+        start_s = time.perf_counter()
+        checkpoint.save(file, content, size_bytes)
+        if side.kind == "native":
+            checkpoint.in_child_s(checkpoint.upload, endpoint, file, f"bare-{number}.pt")
+        else:
+            side.settle()
+        return time.perf_counter() - start_s
+
+    what = f"{size_bytes // MIB} MiB, from the first byte written to the lake's acknowledgement"
+    outcome: Outcome = contest(
+        settings,
+        Task(f"{NAME}-durable", what, "s", 0, size_bytes),
+        sides,
+        durable_s,
+        lambda side, _: _empty(side.directory / FOLDER),
+    )
+    return outcome.figure(notes={"native": "written, and then sent by boto3"})
+
+
+def _empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
