@@ -15,7 +15,7 @@ from cache.model import GIB, MIB
 from tools.bench import checkpoint, lakes, readers
 from tools.bench.contest import Outcome, Side, Task, contest
 from tools.bench.field import Need, standing
-from tools.bench.figures import Figure, Target, progress
+from tools.bench.figures import Figure, MeasurementFailed, Target, progress
 from tools.bench.settings import Settings
 
 NAME = "bursts"
@@ -30,10 +30,10 @@ def measure(settings: Settings) -> list[Figure]:
     budget_bytes = 4 * FILES * size_bytes + GIB
     with settings.directory(NAME) as path, lakes.seaweed(path / "server") as endpoint:
         progress(f"{NAME}: {FILES} files of {size_bytes // MIB} MiB")
-        held = Need(endpoint, endpoint, None, budget_bytes, writable=True, holds_uploads=True)
+        held = Need(NAME, endpoint, endpoint, None, budget_bytes, writable=True, holds_uploads=True)
         with standing(settings, held, OPTIONS) as sides:
             figures = [_written(settings, sides, size_bytes), _read_back(settings, sides, size_bytes)]
-        sent = Need(endpoint, endpoint, None, budget_bytes, writable=True)
+        sent = Need(NAME, endpoint, endpoint, None, budget_bytes, writable=True)
         with standing(settings, sent, OPTIONS) as sides:
             return [*figures, _durable(settings, sides, endpoint, size_bytes)]
 
@@ -78,7 +78,10 @@ def _durable(settings: Settings, sides: list[Side], endpoint: lakes.Endpoint, si
             checkpoint.in_child_s(checkpoint.upload, endpoint, file, f"bare-{number}.pt")
         else:
             side.settle()
-        return time.perf_counter() - start_s
+        took_s = time.perf_counter() - start_s
+        if side.kind != "native" and not side.name.startswith("juicefs"):  # It has chunks there, no file.
+            _check_sent(endpoint, f"{FOLDER}/{number}.pt", size_bytes)
+        return took_s
 
     what = f"{size_bytes // MIB} MiB, from the first byte written to the lake's acknowledgement"
     outcome: Outcome = contest(
@@ -89,6 +92,21 @@ def _durable(settings: Settings, sides: list[Side], endpoint: lakes.Endpoint, si
         lambda side, _: _empty(side.directory / FOLDER),
     )
     return outcome.figure(notes={"native": "written, and then sent by boto3"})
+
+
+def _check_sent(endpoint: lakes.Endpoint, key: str, size_bytes: int) -> None:
+    """Raise MeasurementFailed unless the lake has the object, whole."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = endpoint.boto3()
+    try:
+        found_bytes = client.head_object(Bucket=lakes.BUCKET, Key=key)["ContentLength"]
+    except (BotoCoreError, ClientError) as error:
+        raise MeasurementFailed(f"{key} was said to be in the lake, and is not: {error}") from error
+    finally:
+        client.close()
+    if found_bytes != size_bytes:
+        raise MeasurementFailed(f"{key} has {found_bytes} bytes in the lake instead of {size_bytes}")
 
 
 def _empty(directory: Path) -> None:

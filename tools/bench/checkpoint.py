@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,8 +92,11 @@ def save_all(directory: Path, size_bytes: int, writers: int) -> float:
 def _save_each(directory: Path, share: range, size_bytes: int, barrier: Any) -> None:
     content = memoryview(os.urandom(WRITE_BYTES))
     barrier.wait()
-    for number in share:
-        save(directory / f"rank{number}.pt", content, size_bytes)
+    try:
+        for number in share:
+            save(directory / f"rank{number}.pt", content, size_bytes)
+    except OSError as error:
+        sys.exit(f"a writer failed: {error}")
 
 
 def save(path: Path, content: memoryview, size_bytes: int) -> None:

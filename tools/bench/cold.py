@@ -40,7 +40,7 @@ def _measure(settings: Settings, name: str, objects: dict[str, int]) -> Figure:
         lakes.fill(direct, objects)
         lakes.write_tree(path / "plain", objects)
         with lakes.slowed(direct, LATENCY_S, CONNECTION_BYTES_PER_S) as (slow, proxy):
-            need = Need(direct, slow, path / "plain", 2 * total_bytes + 256 * MIB)
+            need = Need(name, direct, slow, path / "plain", 2 * total_bytes + 256 * MIB)
             with standing(settings, need) as sides:
                 outcome = contest(settings, _task(name, objects), sides, _reading(objects), _make_cold)
     return outcome.figure(notes={"the lake": proxy})

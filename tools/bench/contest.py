@@ -30,6 +30,9 @@ class Side(Protocol):
     def pids(self) -> Sequence[int]:
         """Return the daemons' processes; none for the kernel's own file systems."""
 
+    def cache_bytes(self) -> int:
+        """Return how much of the disk its cache takes; 0 without one."""
+
     def forget(self) -> None:
         """Empty the cache, so that what is read next is cold. Raises one of FAILURES."""
 

@@ -12,11 +12,12 @@ _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 _FORGET_PEAK = "5"  # For clear_refs: VmHWM begins anew.
 _UTIME, _CSTIME = 11, 14  # utime, stime, cutime, cstime: fields 14 to 17, counted behind the name.
 _PARENT = 1
+_BLOCK_BYTES = 512  # stat(2), st_blocks.
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """*rss_bytes*: the sum of the processes' peaks. *pss_bytes*: at the end, each shared page counted once."""
+    """*rss_bytes*: the sum of the processes' peaks. *pss_bytes*: at the end, shared pages counted once."""
 
     cpu_s: float = 0.0
     rss_bytes: int = 0
@@ -52,6 +53,16 @@ def with_descendants(pids: Iterable[int]) -> list[int]:
     found = list(pids)
     for pid in found:  # Grows on the way.
         found += [child for child, fields in parents.items() if fields and int(fields[_PARENT]) == pid]
+    return found
+
+
+def disk_bytes(directory: Path) -> int:
+    """Return how much of the disk the files below *directory* take."""
+    found = 0
+    for where, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # Evicted meanwhile.
+                found += os.lstat(f"{where}/{name}").st_blocks * _BLOCK_BYTES
     return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from tools.bench.contest import FAILURES, NATIVE, OURS, Side
+from tools.bench.costs import disk_bytes
 from tools.bench.figures import MeasurementFailed
 from tools.bench.lakes import BUCKET, Endpoint
 from tools.bench.peers.recipes import PEERS_DEFAULT, Request
@@ -31,12 +32,14 @@ class Need:
     what the mounts speak to, *direct* the server itself. *holds_uploads*: written files need not be sent.
     """
 
+    name: str
     direct: Endpoint
     endpoint: Endpoint
     tree: Path | None
     budget_bytes: int  # Of the cache of each side.
     writable: bool = False
     holds_uploads: bool = False
+    is_tight: bool = False  # The files don't all fit into the budget.
     peers: Sequence[str] = PEERS_DEFAULT
 
 
@@ -51,6 +54,9 @@ class NativeSide:
 
     def pids(self) -> Sequence[int]:
         return ()
+
+    def cache_bytes(self) -> int:
+        return 0
 
     def forget(self) -> None:
         drop_page_cache()
@@ -71,6 +77,9 @@ class SluiceSide:
 
     def pids(self) -> Sequence[int]:
         return [pid for pids in self.mounted.pids().values() for pid in pids]
+
+    def cache_bytes(self) -> int:
+        return disk_bytes(self.mounted.cache)
 
     def forget(self) -> None:
         self.mounted.unmount()
@@ -102,7 +111,9 @@ def sluice_side(
 
 def leave(mount: Mounted) -> None:
     """Unmount without sending anything; what was written is forgotten with the cache directory."""
-    done = subprocess.run([sluice_command(), "umount", "--lazy", str(mount.directory)], check=False)
+    done = subprocess.run(
+        [sluice_command(), "umount", "--lazy", str(mount.directory)], stdout=subprocess.DEVNULL, check=False
+    )
     if done.returncode != 0:
         raise MeasurementFailed("umount --lazy failed")
 
@@ -124,16 +135,22 @@ def peers(settings: Settings, need: Need, stack: ExitStack) -> Iterator[Side]:
             continue
         assert settings.programs is not None
         home = stack.enter_context(settings.directory(name))
-        free_bytes = shutil.disk_usage(home).free
+        delay_s = HOLD_S if need.holds_uploads else 0
         request = Request(
-            settings.programs, home, need.direct, need.endpoint, need.budget_bytes, need.writable,
-            HOLD_S if need.holds_uploads else 0, free_bytes,
-        )  # fmt: skip
+            settings.programs,
+            home,
+            need.direct,
+            need.endpoint,
+            need.budget_bytes,
+            need.writable,
+            delay_s,
+            need.is_tight,
+        )
         with contextlib.ExitStack() as unfinished:
             try:
                 side = unfinished.enter_context(mounted_peer(name, request, need.tree))
             except (*FAILURES, MountFailed, ServerError) as error:
-                settings.complain(f"{name} is left out: {error}")
+                settings.complain(f"{need.name}: {name} is left out: {error}")
                 continue
             stack.push(unfinished.pop_all())
         yield side

@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class SideCost:
-    """What one side's daemons took: medians over the rounds of processor time, the most memory of any round."""
+    """What one side's daemons took: processor time as a median, memory as the most of any round."""
 
     cpu_s_per_gb: float | None  # None where no bytes are read or written.
     cpu_s: float
@@ -48,7 +48,8 @@ class SideCost:
 
     def __str__(self) -> str:
         per_gb = "" if self.cpu_s_per_gb is None else f"{self.cpu_s_per_gb:.2f} CPU s/GB, "
-        return f"{per_gb}{self.cpu_s:.2f} CPU s, RSS {self.rss_bytes / 1e6:,.0f} MB, PSS {self.pss_bytes / 1e6:,.0f} MB"
+        memory = f"RSS {self.rss_bytes / 1e6:,.0f} MB, PSS {self.pss_bytes / 1e6:,.0f} MB"
+        return f"{per_gb}{self.cpu_s:.2f} CPU s, {memory}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,8 @@ class Work:
     over_peer: Target | None
     goal: str
 
-    @property
-    def what(self) -> str:
-        how = f"{self.reads:,} random reads of {self.read_bytes // KIB} KiB" if self.reads else "in order"
+    def what(self, reads: int) -> str:
+        how = f"{reads:,} random reads of {self.read_bytes // KIB} KiB" if reads else "in order"
         return f"a cached large file, {how}, page cache {'dropped' if self.dropped else 'warm'}"
 
 
@@ -46,20 +45,17 @@ def _least(ratio: float) -> Target:
 
 
 _DROPPED = "page cache dropped, from the NVMe tier"
+_WARM = "in the page cache"
 WORKS = (
-    Work("large-sequential", MIB, 0, False, _least(0.9), _least(1.2), "warm sequential 1 GiB"),
+    Work("sequential", MIB, 0, False, _least(0.9), _least(1.2), "warm sequential 1 GiB"),
+    Work("random-4k", 4 * KIB, 200_000, False, _least(0.9), _least(1), f"random 4 KB, {_WARM}"),
+    Work("random-128k", 128 * KIB, 20_000, False, _least(0.9), _least(1), f"random 128 KB, {_WARM}"),
+    Work("sequential-dropped", MIB, 0, True, _least(0.9), None, ""),
     Work(
-        "large-random-4k", 4 * KIB, 200_000, False, _least(0.9), _least(1), "random 4 KB, in the page cache"
+        "random-128k-dropped", 128 * KIB, 4000, True, _least(0.9), _least(1.2), f"random 128 KB, {_DROPPED}"
     ),
-    Work(
-        "large-random-128k", 128 * KIB, 20_000, False, _least(0.9), _least(1), "random 128 KB, in the page cache"
-    ),
-    Work("large-sequential-dropped", MIB, 0, True, _least(0.9), None, ""),
-    Work(
-        "large-random-128k-dropped", 128 * KIB, 4000, True, _least(0.9), _least(1.2), f"random 128 KB, {_DROPPED}"
-    ),
-    Work("large-random-4k-dropped", 4 * KIB, 8000, True, _least(0.8), _least(1.5), f"random 4 KB, {_DROPPED}"),
-)  # fmt: skip
+    Work("random-4k-dropped", 4 * KIB, 8000, True, _least(0.8), _least(1.5), f"random 4 KB, {_DROPPED}"),
+)
 
 
 def measure(settings: Settings) -> list[Figure]:
@@ -68,7 +64,7 @@ def measure(settings: Settings) -> list[Figure]:
         progress(f"{NAME}: making an object of {size_bytes / MIB:,.0f} MiB, twice")
         lakes.fill(endpoint, {KEY: size_bytes})
         lakes.write_tree(path / "plain", {KEY: size_bytes})
-        need = Need(endpoint, endpoint, path / "plain", 2 * size_bytes + 256 * MIB)
+        need = Need(NAME, endpoint, endpoint, path / "plain", 2 * size_bytes + 256 * MIB)
         with standing(settings, need) as sides:
             for_each(
                 settings,
@@ -101,7 +97,7 @@ def _figure(
         share = (file, size_bytes, work.read_bytes, reads, number)
         return readers.timed(prepare_random, [share], payload_bytes)
 
-    task = Task(work.name, work.what, "MiB/s", payload_bytes / MIB, payload_bytes)
+    task = Task(f"large-{work.name}", work.what(reads), "MiB/s", payload_bytes / MIB, payload_bytes)
     outcome = contest(settings, task, sides, read_s, prepare)
     return outcome.figure(work.target, work.over_peer, goal=work.goal, notes={"features": chosen})
 

@@ -6,7 +6,6 @@ the disk could do.
 
 from __future__ import annotations
 
-from cache.model import MIB
 from tools.bench import lakes, readers
 from tools.bench.contest import Side, Task, contest, for_each
 from tools.bench.epoch_bytes import prepare_past_page_cache
@@ -34,7 +33,7 @@ def measure(settings: Settings) -> list[Figure]:
         lakes.fill(direct, objects)
         lakes.write_tree(path / "plain", objects)
         with lakes.slowed(direct, LATENCY_S) as (slow, proxy):
-            need = Need(direct, slow, path / "plain", budget_bytes, peers=PEERS)
+            need = Need(NAME, direct, slow, path / "plain", budget_bytes, is_tight=True, peers=PEERS)
             with standing(settings, need) as sides:
                 return [_figure(settings, sides, keys, budget_bytes, proxy)]
 
@@ -57,4 +56,12 @@ def _figure(settings: Settings, sides: list[Side], keys: list[str], budget_bytes
     outcome = contest(settings, Task(NAME, what, "files/s", len(keys), total_bytes), sides, epoch_s)
     fetched_bytes = ours.mounted.status()["lake_io"]["bytes_fetched"] - before
     share = fetched_bytes / total_bytes / settings.rounds
-    return outcome.figure(notes={"of its bytes an epoch fetched": f"{share:.0%}", "the lake": proxy})
+    used = {side.name: f"{side.cache_bytes() / 1e6:,.0f} MB" for side in sides if side.kind != "native"}
+    return outcome.figure(
+        notes={
+            "of its bytes an epoch fetched": f"{share:.0%}",
+            "caches may take": f"{budget_bytes / 1e6:,.0f} MB",
+            "caches took": used,
+            "the lake": proxy,
+        }
+    )

@@ -40,7 +40,7 @@ def _some(settings: Settings) -> list[Figure]:
         progress(f"{NAME}: making {len(keys):,} objects, and as many files")
         lakes.fill(endpoint, dict.fromkeys(keys, 0))
         touch_tree(path / "plain", keys)
-        need = Need(endpoint, endpoint, path / "plain", GIB)
+        need = Need(NAME, endpoint, endpoint, path / "plain", GIB)
         with standing(settings, need, OPTIONS) as sides:
             return _figures(settings, f"{NAME}-100k", sides, keys)
 
@@ -51,10 +51,9 @@ def _many(settings: Settings) -> list[Figure]:
     with settings.directory(NAME) as path, list_server(count, FOLDER_KEYS) as endpoint:
         progress(f"{NAME}: making {count:,} files")
         touch_tree(path / "plain", keys)
-        # JuiceFS keeps no chunk of an empty file, so it needs no server that stores any; but it asks for one.
-        need = Need(endpoint, endpoint, path / "plain", GIB, peers=PEERS_MANY)
+        # JuiceFS keeps no chunk of an empty file, but wants a server that would store one.
         with lakes.seaweed(path / "server") as storing:
-            need = Need(storing, endpoint, path / "plain", GIB, peers=PEERS_MANY)
+            need = Need(f"{NAME}-1m", storing, endpoint, path / "plain", GIB, peers=PEERS_MANY)
             with standing(settings, need, OPTIONS) as sides:
                 return _figures(settings, f"{NAME}-1m", sides, keys)
 

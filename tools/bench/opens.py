@@ -35,7 +35,7 @@ def measure(settings: Settings) -> list[Figure]:
         progress(f"{NAME}: making {len(keys):,} files of {FILE_BYTES:,} bytes, twice")
         lakes.fill(endpoint, objects)
         lakes.write_tree(path / "plain", objects)
-        need = Need(endpoint, endpoint, path / "plain", 2 * len(keys) * FILE_BYTES + 256 * MIB)
+        need = Need(NAME, endpoint, endpoint, path / "plain", 2 * len(keys) * FILE_BYTES + 256 * MIB)
         figures = _over_others(settings, need, keys)
         options = ["--dram=0", WITH_OPENS]
         with (

@@ -36,7 +36,8 @@ def _lines(figure: Figure) -> list[str]:
     ours = statistics.median(figure.ours)
     baseline = f"{statistics.median(figure.baseline):,.4g}" if figure.baseline else "-"
     against = f" against {figure.baseline_name}" if figure.baseline_name else ""
-    numbers = f"{ours:>12,.4g} {baseline:>12} {figure.unit:<10} {_ratio(figure.ratio):>7} {_target(figure.target):>10}"
+    ratio, target = _ratio(figure.ratio), _target(figure.target)
+    numbers = f"{ours:>12,.4g} {baseline:>12} {figure.unit:<10} {ratio:>7} {target:>10}"
     lines = [
         f"{figure.name}: {figure.what}{against}",
         f"  {numbers}  {_WORDS[figure.is_target_met]}".rstrip(),

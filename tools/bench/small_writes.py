@@ -46,7 +46,7 @@ def measure(settings: Settings) -> list[Figure]:
 def _made(settings: Settings, endpoint: lakes.Endpoint, archive: Path, keys: list[str]) -> list[Figure]:
     total_bytes = len(keys) * FILE_BYTES
     budget_bytes = 4 * total_bytes + GIB
-    need = Need(endpoint, endpoint, None, budget_bytes, writable=True, holds_uploads=True, peers=PEERS)
+    need = Need(NAME, endpoint, endpoint, None, budget_bytes, writable=True, holds_uploads=True, peers=PEERS)
     works: dict[str, tuple[str, str, Work]] = {
         "created": (
             "created, written and closed",

@@ -24,7 +24,7 @@ class NotApplicable(MeasurementFailed):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """*home* is the peer's own directory. *free_bytes*: of the disk that it is on."""
+    """What a peer is to be mounted for. *home* is a directory of its own."""
 
     programs: Path
     home: Path
@@ -32,8 +32,8 @@ class Request:
     endpoint: Endpoint
     budget_bytes: int
     writable: bool
-    upload_delay_s: int
-    free_bytes: int
+    upload_delay_s: int = 0
+    is_tight: bool = False  # The files don't all fit into the budget.
 
     @property
     def mountpoint(self) -> Path:
@@ -60,6 +60,7 @@ class Recipe:
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # Written into home, for the owner alone.
     prepare: Sequence[Sequence[str]] = ()
+    clean_up: Sequence[Sequence[str]] = ()  # Runs at the end, whatever happened.
     load: Sequence[str] = ()
     unsent: Sequence[str] = ()
     is_sent: Callable[[str], bool] = lambda said: True
@@ -72,7 +73,8 @@ def juicefs(request: Request, eviction: str = "2-random") -> Recipe:
 
     def mount(endpoint: Endpoint, *options: str) -> list[str]:
         return [
-            program, "mount", "--no-usage-report", "--no-syslog", "--metrics=127.0.0.1:0", "--backup-meta=0",
+            program, "mount", "--no-usage-report", "--no-syslog", "--hide-internal",
+            "--metrics=127.0.0.1:0", "--backup-meta=0",
             f"--bucket={endpoint.url}/{JUICEFS_BUCKET}", f"--cache-dir={request.cache}",
             f"--cache-size={request.budget_bytes // MIB}M", "--free-space-ratio=0.01",
             f"--cache-eviction={eviction}", "--buffer-size=1024", f"--open-cache={LONG}",
@@ -107,7 +109,7 @@ def juicefs_has_sent(stats: str) -> bool:
 def rclone(request: Request) -> Recipe:
     lake, socket = request.endpoint, request.home / "rc.sock"
     names = {
-        "TYPE": "s3", "PROVIDER": "SeaweedFS", "ENDPOINT": lake.url, "REGION": lake.region,
+        "TYPE": "s3", "PROVIDER": "SeaweedFS", "ENDPOINT": lake.url, "REGION": lake.region, "LIST_VERSION": "2",
         "ACCESS_KEY_ID": lake.access_key, "SECRET_ACCESS_KEY": lake.secret_key,
     }  # fmt: skip
     program = request.program("rclone")
@@ -119,7 +121,8 @@ def rclone(request: Request) -> Recipe:
             "--vfs-cache-poll-interval=1s", f"--dir-cache-time={LONG}", f"--attr-timeout={LONG}",
             "--poll-interval=0", "--vfs-fast-fingerprint", "--no-checksum", "--use-server-modtime",
             "--vfs-read-chunk-size=16M", "--vfs-read-chunk-streams=8", "--transfers=16",
-            f"--vfs-write-back={request.upload_delay_s}s", "--rc", f"--rc-addr=unix://{socket}", "--rc-no-auth",
+            f"--vfs-write-back={request.upload_delay_s}s", "--rc", "--rc-no-auth",
+            f"--rc-addr=unix://{socket}",
         ],
         environment={f"RCLONE_CONFIG_LAKE_{name}": value for name, value in names.items()},
         unsent=[program, "rc", f"--unix-socket={socket}", "vfs/stats"],
@@ -134,17 +137,27 @@ def rclone_has_sent(stats: str) -> bool:
 
 
 def s3fs(request: Request) -> Recipe:
-    """Return s3fs. It knows no limit of its cache, so it is told to leave the rest of the disk free."""
+    """Return s3fs. Its cache takes what the disk has, so a tight budget is a file system of that size."""
     keys, lake = f"{request.endpoint.access_key}:{request.endpoint.secret_key}\n", request.endpoint
-    left_mb = max(0, request.free_bytes - request.budget_bytes) // MIB
     options = [
         f"url={lake.url}", f"endpoint={lake.region}", "use_path_request_style", "listobjectsv2",
-        f"passwd_file={request.home / 'passwd'}", f"use_cache={request.cache}", f"ensure_diskfree={left_mb}",
+        f"passwd_file={request.home / 'passwd'}", f"use_cache={request.cache}",
         "kernel_cache", "max_stat_cache_size=2000000", f"stat_cache_expire={LONG[:-1]}",
         "enable_noobj_cache", "multireq_max=64", "parallel_count=16", "multipart_size=16", "dbglevel=err",
     ]  # fmt: skip
-    words = [word for option in options for word in ("-o", option)]
-    return Recipe(mount=["s3fs", BUCKET, str(request.mountpoint), "-f", *words], files={"passwd": keys})
+    image, cache = str(request.home / "cache.img"), str(request.cache)
+    disk = [
+        ["truncate", f"--size={request.budget_bytes}", image],
+        ["mkfs.ext4", "-q", "-F", "-m", "0", image],
+        ["mkdir", "-p", cache],
+        ["mount", "-o", "loop", image, cache],
+    ]
+    return Recipe(
+        mount=["s3fs", BUCKET, str(request.mountpoint), "-f", *(word for o in options for word in ("-o", o))],
+        files={"passwd": keys},
+        prepare=disk if request.is_tight else (),
+        clean_up=[["umount", cache]] if request.is_tight else (),
+    )
 
 
 def weed(request: Request) -> Recipe:

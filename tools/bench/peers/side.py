@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from tools.bench.costs import with_descendants
+from tools.bench.costs import disk_bytes, with_descendants
 from tools.bench.figures import MeasurementFailed
 from tools.bench.peers.recipes import PEERS, Recipe, Request
 from tools.servers import end_with_parent
@@ -76,6 +76,15 @@ class PeerSide:
             self.settle()
             self.end()
             shutil.rmtree(self._request.cache, ignore_errors=True)
+
+    def clean_up(self) -> None:
+        """Undo `prepare`. Never raises."""
+        for command in self._recipe.clean_up:
+            with contextlib.suppress(MeasurementFailed, OSError, subprocess.SubprocessError):
+                self._run(command)
+
+    def cache_bytes(self) -> int:
+        return disk_bytes(self._request.cache)
 
     def start(self, command: Sequence[str]) -> None:
         """Start the daemon and wait until it has mounted. Raises MeasurementFailed; `end` it all the same."""
@@ -150,6 +159,7 @@ def mounted_peer(name: str, request: Request, tree: Path | None) -> Iterator[Pee
         yield side
     finally:
         side.end()
+        side.clean_up()
 
 
 def unmount(directory: Path) -> None:
