@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from cache.model import GIB, MIB
 from tools.bench import checkpoint, lakes, readers
-from tools.bench.contest import Outcome, Side, Task, contest
+from tools.bench.contest import Side, Task, contest
 from tools.bench.field import Need, standing
 from tools.bench.figures import Figure, MeasurementFailed, Target, progress
 from tools.bench.settings import Settings
@@ -23,6 +25,7 @@ FILES = checkpoint.FILES
 # As for any file system that is there to take checkpoints in: the kernel writes staging files itself.
 OPTIONS = ["--profile=checkpoint", "--passthrough=all"]
 FOLDER = "run"
+VISIBLE_WITHIN_S, VISIBLE_POLL_S = 60.0, 0.005
 
 
 def measure(settings: Settings) -> list[Figure]:
@@ -68,45 +71,54 @@ def _read_back(settings: Settings, sides: list[Side], size_bytes: int) -> Figure
 
 
 def _durable(settings: Settings, sides: list[Side], endpoint: lakes.Endpoint, size_bytes: int) -> Figure:
-    content = memoryview(os.urandom(checkpoint.WRITE_BYTES))
+    content, client = memoryview(os.urandom(checkpoint.WRITE_BYTES)), endpoint.boto3()
 
     def durable_s(side: Side, number: int) -> float:
-        file = side.directory / FOLDER / f"{number}.pt"
+        key = f"{folder_of(side)}/{number}.pt"
         start_s = time.perf_counter()
-        checkpoint.save(file, content, size_bytes)
+        checkpoint.save(side.directory / key, content, size_bytes)
         if side.kind == "native":
-            checkpoint.in_child_s(checkpoint.upload, endpoint, file, f"bare-{number}.pt")
+            checkpoint.in_child_s(checkpoint.upload, endpoint, side.directory / key, key)
         else:
             side.settle()
-        took_s = time.perf_counter() - start_s
-        if side.kind != "native" and not side.name.startswith("juicefs"):  # It has chunks there, no file.
-            _check_sent(endpoint, f"{FOLDER}/{number}.pt", size_bytes)
-        return took_s
+        if not side.name.startswith("juicefs"):  # It has chunks there, no file.
+            await_object(client, key, size_bytes)
+        return time.perf_counter() - start_s
 
-    what = f"{size_bytes // MIB} MiB, from the first byte written to the lake's acknowledgement"
-    outcome: Outcome = contest(
+    what = f"{size_bytes // MIB} MiB, from the first byte written until the lake has it"
+    outcome = contest(
         settings,
         Task(f"{NAME}-durable", what, "s", 0, size_bytes),
         sides,
         durable_s,
-        lambda side, _: _empty(side.directory / FOLDER),
+        lambda side, _: _empty(side.directory / folder_of(side)),
     )
     return outcome.figure(notes={"native": "written, and then sent by boto3"})
 
 
-def _check_sent(endpoint: lakes.Endpoint, key: str, size_bytes: int) -> None:
-    """Raise MeasurementFailed unless the lake has the object, whole."""
-    from botocore.exceptions import BotoCoreError, ClientError
+def await_object(client: Any, key: str, size_bytes: int, within_s: float = VISIBLE_WITHIN_S) -> None:
+    """Return when the lake has the object, whole: that is asked of it, not of the mount.
 
-    client = endpoint.boto3()
-    try:
-        found_bytes = client.head_object(Bucket=lakes.BUCKET, Key=key)["ContentLength"]
-    except (BotoCoreError, ClientError) as error:
-        raise MeasurementFailed(f"{key} was said to be in the lake, and is not: {error}") from error
-    finally:
-        client.close()
-    if found_bytes != size_bytes:
-        raise MeasurementFailed(f"{key} has {found_bytes} bytes in the lake instead of {size_bytes}")
+    Raises MeasurementFailed when it is not there in time.
+    """
+    from botocore.exceptions import ClientError
+
+    deadline_s = time.monotonic() + within_s
+    while True:
+        try:
+            if client.head_object(Bucket=lakes.BUCKET, Key=key)["ContentLength"] == size_bytes:
+                return
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_FOUND:
+                raise MeasurementFailed(f"the lake was asked for {key}: {error}") from error
+        if time.monotonic() > deadline_s:
+            raise MeasurementFailed(f"{key} is not in the lake {within_s:g} s after it should be")
+        time.sleep(VISIBLE_POLL_S)
+
+
+def folder_of(side: Side) -> str:
+    """Return a folder of the side's own: but for JuiceFS all write to the same bucket."""
+    return f"{FOLDER}-{side.name}"
 
 
 def _empty(directory: Path) -> None:

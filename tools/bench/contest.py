@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,10 +76,12 @@ class Outcome:
         name: str = "",
         what: str = "",
         goal: str = "",
+        without: Collection[str] = (),
         notes: Mapping[str, Any] | None = None,
     ) -> Figure:
-        """Return the figure of the side *ours* against the native one and the peers."""
-        peers = {side: list(values) for side, values in self.values.items() if self.kinds[side] == "peer"}
+        """Return the figure of the side *ours* against the native one and the peers but *without*."""
+        compared = [side for side, kind in self.kinds.items() if kind == "peer" and side not in without]
+        peers = {side: list(self.values[side]) for side in compared}
         shown = [ours, *peers]
         return Figure(
             name=name or self.task.name,

@@ -6,12 +6,15 @@ the disk could do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from tools.bench import lakes, readers
 from tools.bench.contest import Side, Task, contest, for_each
 from tools.bench.epoch_bytes import prepare_past_page_cache
 from tools.bench.field import Need, SluiceSide, standing
 from tools.bench.figures import Figure, progress
 from tools.bench.settings import Settings
+from tools.option_kinds import format_size
 from tools.options import TIER_BYTES_MIN
 
 NAME = "larger"
@@ -21,6 +24,7 @@ FILE_BYTES = 110_000
 FOLDER_FILES = 500
 LOADERS = 4
 LATENCY_S = 0.020
+BUDGET_SLACK = 1.2  # Peers look at what their caches take from time to time.
 PEERS = ("juicefs", "juicefs-none", "rclone", "s3fs", "weed")
 
 
@@ -56,12 +60,30 @@ def _figure(settings: Settings, sides: list[Side], keys: list[str], budget_bytes
     outcome = contest(settings, Task(NAME, what, "files/s", len(keys), total_bytes), sides, epoch_s)
     fetched_bytes = ours.mounted.status()["lake_io"]["bytes_fetched"] - before
     share = fetched_bytes / total_bytes / settings.rounds
-    used = {side.name: f"{side.cache_bytes() / 1e6:,.0f} MB" for side in sides if side.kind != "native"}
+    took_bytes = {side.name: side.cache_bytes() for side in sides if side.kind != "native"}
     return outcome.figure(
+        without=over_budget(settings, sides, took_bytes, budget_bytes),
         notes={
             "of its bytes an epoch fetched": f"{share:.0%}",
-            "caches may take": f"{budget_bytes / 1e6:,.0f} MB",
-            "caches took": used,
+            "caches may take": format_size(budget_bytes),
+            "caches took": {name: format_size(size_bytes) for name, size_bytes in took_bytes.items()},
             "the lake": proxy,
-        }
+        },
     )
+
+
+def over_budget(
+    settings: Settings, sides: Sequence[Side], took_bytes: Mapping[str, int], budget_bytes: int
+) -> list[str]:
+    """Return the peers whose caches took more than they were given, and say so."""
+    over = [
+        side.name
+        for side in sides
+        if side.kind == "peer" and took_bytes[side.name] > BUDGET_SLACK * budget_bytes
+    ]
+    for name in over:
+        took, given = format_size(took_bytes[name]), format_size(budget_bytes)
+        settings.complain(
+            f"{NAME}: {name} is not compared: its cache took {took} of the {given} it was given"
+        )
+    return over

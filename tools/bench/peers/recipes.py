@@ -18,6 +18,12 @@ JUICEFS_BUCKET = "juicefs"  # Its chunks are no files of ours: they get a bucket
 LONG = "86400s"  # How long names are believed: nobody else changes the lake.
 
 
+S3FS_PARTS, S3FS_PART_MB = 16, 16
+# It leaves room for all parts under way on its cache's disk, and ends at once where there is none (1.90);
+# the rest is what ext4 needs for itself.
+S3FS_FREE_BYTES = S3FS_PARTS * S3FS_PART_MB * MIB + 32 * MIB
+
+
 class NotApplicable(MeasurementFailed):
     """This peer can't take part in this contest. The text says why."""
 
@@ -109,10 +115,14 @@ def juicefs_has_sent(stats: str) -> bool:
 def rclone(request: Request) -> Recipe:
     lake, socket = request.endpoint, request.home / "rc.sock"
     names = {
-        "TYPE": "s3", "PROVIDER": "SeaweedFS", "ENDPOINT": lake.url, "REGION": lake.region, "LIST_VERSION": "2",
+        "TYPE": "s3", "PROVIDER": "SeaweedFS", "ENDPOINT": lake.url, "REGION": lake.region,
+        "LIST_VERSION": "2",
         "ACCESS_KEY_ID": lake.access_key, "SECRET_ACCESS_KEY": lake.secret_key,
     }  # fmt: skip
     program = request.program("rclone")
+    delay = (
+        f"{request.upload_delay_s}s" if request.upload_delay_s else "100ms"
+    )  # With 0 it never sends (1.75).
     return Recipe(
         mount=[
             program, "mount", f"lake:{BUCKET}", str(request.mountpoint), "--config=/dev/null",
@@ -121,7 +131,7 @@ def rclone(request: Request) -> Recipe:
             "--vfs-cache-poll-interval=1s", f"--dir-cache-time={LONG}", f"--attr-timeout={LONG}",
             "--poll-interval=0", "--vfs-fast-fingerprint", "--no-checksum", "--use-server-modtime",
             "--vfs-read-chunk-size=16M", "--vfs-read-chunk-streams=8", "--transfers=16",
-            f"--vfs-write-back={request.upload_delay_s}s", "--rc", "--rc-no-auth",
+            f"--vfs-write-back={delay}", "--rc", "--rc-no-auth",
             f"--rc-addr=unix://{socket}",
         ],
         environment={f"RCLONE_CONFIG_LAKE_{name}": value for name, value in names.items()},
@@ -143,17 +153,21 @@ def s3fs(request: Request) -> Recipe:
         f"url={lake.url}", f"endpoint={lake.region}", "use_path_request_style", "listobjectsv2",
         f"passwd_file={request.home / 'passwd'}", f"use_cache={request.cache}",
         "kernel_cache", "max_stat_cache_size=2000000", f"stat_cache_expire={LONG[:-1]}",
-        "enable_noobj_cache", "multireq_max=64", "parallel_count=16", "multipart_size=16", "dbglevel=err",
+        "enable_noobj_cache", "multireq_max=64", "dbglevel=err",
+        f"parallel_count={S3FS_PARTS}", f"multipart_size={S3FS_PART_MB}",
     ]  # fmt: skip
+    if request.is_tight:
+        options.append(f"ensure_diskfree={S3FS_PARTS * S3FS_PART_MB}")
+    words = [word for option in options for word in ("-o", option)]
     image, cache = str(request.home / "cache.img"), str(request.cache)
     disk = [
-        ["truncate", f"--size={request.budget_bytes}", image],
+        ["truncate", f"--size={request.budget_bytes + S3FS_FREE_BYTES}", image],
         ["mkfs.ext4", "-q", "-F", "-m", "0", image],
         ["mkdir", "-p", cache],
         ["mount", "-o", "loop", image, cache],
     ]
     return Recipe(
-        mount=["s3fs", BUCKET, str(request.mountpoint), "-f", *(word for o in options for word in ("-o", o))],
+        mount=["s3fs", BUCKET, str(request.mountpoint), "-f", *words],
         files={"passwd": keys},
         prepare=disk if request.is_tight else (),
         clean_up=[["umount", cache]] if request.is_tight else (),

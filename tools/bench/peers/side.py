@@ -143,7 +143,7 @@ class PeerSide:
         return {**os.environ, **self._recipe.environment}
 
     def _last_words(self) -> str:
-        return " | ".join(self._log.read_text("utf-8", "replace").splitlines()[-3:])[-400:]
+        return " | ".join(self._log.read_text("utf-8", "replace").splitlines()[-6:])[-600:]
 
 
 @contextmanager
