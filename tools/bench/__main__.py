@@ -110,8 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check(arguments)
     names = arguments.only or list(MODULES)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    _end_in_order()
     work = Path(tempfile.mkdtemp(prefix="sluice-bench-", dir=arguments.workdir)).resolve()
     figures: list[Figure] = []
     settings = Settings(work, arguments.scale, arguments.rounds, tuple(arguments.mount_options))
@@ -189,6 +188,14 @@ def _check_file(option: str, path: Path | None) -> None:
         raise UsageError(f"--{option} {path}: is a directory; give a file")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--{option} {path}: its directory does not exist; make it first")
+
+
+def _end_in_order() -> None:
+    """Have each signal that asks us to end unmount everything first; under nohup a hang-up is none."""
+    signal.signal(signal.SIGINT, _interrupt)  # A shell's background jobs are born with it ignored.
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupt)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

@@ -122,5 +122,6 @@ def folder_of(side: Side) -> str:
 
 
 def _empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        shutil.rmtree(directory)
     directory.mkdir()

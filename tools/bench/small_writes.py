@@ -79,8 +79,10 @@ def _made(settings: Settings, endpoint: lakes.Endpoint, archive: Path, keys: lis
 
 
 def _begin_empty(side: Side, _: int) -> None:
-    shutil.rmtree(side.directory / FOLDER_NAME, ignore_errors=True)
-    (side.directory / FOLDER_NAME).mkdir()
+    root = side.directory / FOLDER_NAME
+    if root.exists():
+        shutil.rmtree(root)
+    root.mkdir()
 
 
 def untar_s(archive: Path, directory: Path) -> float:
