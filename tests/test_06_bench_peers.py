@@ -172,10 +172,11 @@ def test_a_goal_without_peers_says_that_they_were_not_measured() -> None:
 
 
 def test_the_page_has_a_drawing_for_each_figure_and_is_well_formed(tmp_path: Path) -> None:
-    page = report.page(FIGURES, ["a < b"], machine(tmp_path))
+    page = report.page(FIGURES, ["a < b"], machine(tmp_path), {"x: weed": "weed mount <d>"})
     drawings = [ElementTree.fromstring(drawn) for drawn in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
     assert [len(drawing.findall("rect")) for drawing in drawings] == [3, 1]
     assert "a &lt; b" in page and "first &lt;thing&gt;" in page
+    assert "weed mount &lt;d&gt;" in page
     assert "http" not in page
 
 

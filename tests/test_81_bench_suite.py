@@ -58,6 +58,7 @@ def test_a_workload_runs_and_writes_its_results(name: str, tmp_path: Path) -> No
         assert f"{figure['name']}: " in done.stdout
         assert page.read_text().count(f">{figure['name']}, ") == 1
     if MODULES[name] in CONTESTS:
+        assert any("sluice mount s3://lake" in line for line in told["commands"].values())
         assert any(figure["costs"]["sluice"]["rss_bytes"] for figure in told["figures"] if figure["costs"])
     assert not left_behind(work)
     assert not list(work.iterdir())

@@ -215,7 +215,9 @@ def _write(arguments: argparse.Namespace, settings: Settings, figures: Sequence[
     """Write what there is so far: a run that is ended has its results up to there."""
     about = machine(settings.work)
     if arguments.html is not None:
-        arguments.html.write_text(report.page(figures, settings.complaints, about), "utf-8")
+        arguments.html.write_text(
+            report.page(figures, settings.complaints, about, settings.commands), "utf-8"
+        )
     if arguments.json is None:
         return
     results = {
@@ -228,6 +230,7 @@ def _write(arguments: argparse.Namespace, settings: Settings, figures: Sequence[
         },
         "figures": [figure.to_json() for figure in figures],
         "not_measured": settings.complaints,
+        "commands": settings.commands,
     }
     arguments.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from tools.bench.settings import Settings, drop_page_cache
 from tools.mounted import Mounted, MountFailed, sluice_command
 from tools.servers import ServerError
 
+TTL = "--ttl=86400"  # Nobody else changes the lake, which the peers are told, too.
 HOLD_S = 600  # No upload begins within a contest that is not about uploads.
 
 
@@ -98,8 +100,11 @@ def sluice_side(
     access = "--no-read-only" if need.writable else "--read-only"
     hold = [f"--upload-delay={HOLD_S}"] if need.holds_uploads else []
     with settings.directory("sluice") as home:
-        words = [f"--endpoint-url={need.endpoint.url}", access, *hold, "--dram=0", "--keep-free=0"]
+        words = [f"--endpoint-url={need.endpoint.url}", access, *hold, "--dram=0", "--keep-free=0", TTL]
         words += [f"--cache={home / 'cache'}:{need.budget_bytes}", *options, *settings.mount_options]
+        settings.commands[f"{need.name}: {name}"] = shlex.join(
+            ["sluice", "mount", f"s3://{BUCKET}", str(home / "data"), *words]
+        )
         mounted = Mounted(f"s3://{BUCKET}", home / "data", home / "cache", words, need.endpoint.environment())
         with mounted:
             try:
@@ -153,4 +158,5 @@ def peers(settings: Settings, need: Need, stack: ExitStack) -> Iterator[Side]:
                 settings.complain(f"{need.name}: {name} is left out: {error}")
                 continue
             stack.push(unfinished.pop_all())
+        settings.commands[f"{need.name}: {name}"] = side.command
         yield side

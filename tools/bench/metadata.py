@@ -26,7 +26,6 @@ KEYS, FOLDER_KEYS = 100_000, 1000
 KEYS_MANY = 1_000_000
 STATS_SHARE = 5  # One file in so many is asked for.
 STORMERS = 4
-OPTIONS = ["--ttl=86400"]  # Nobody else changes the lake, which the peers are told, too.
 PEERS_MANY = ("juicefs", "rclone", "s3fs")  # The server of keys has no part that `weed mount` speaks to.
 
 
@@ -41,7 +40,7 @@ def _some(settings: Settings) -> list[Figure]:
         lakes.fill(endpoint, dict.fromkeys(keys, 0))
         touch_tree(path / "plain", keys)
         need = Need(NAME, endpoint, endpoint, path / "plain", GIB)
-        with standing(settings, need, OPTIONS) as sides:
+        with standing(settings, need) as sides:
             return _figures(settings, f"{NAME}-100k", sides, keys)
 
 
@@ -54,7 +53,7 @@ def _many(settings: Settings) -> list[Figure]:
         # JuiceFS keeps no chunk of an empty file, but wants a server that would store one.
         with lakes.seaweed(path / "server") as storing:
             need = Need(f"{NAME}-1m", storing, endpoint, path / "plain", GIB, peers=PEERS_MANY)
-            with standing(settings, need, OPTIONS) as sides:
+            with standing(settings, need) as sides:
                 return _figures(settings, f"{NAME}-1m", sides, keys)
 
 

@@ -88,13 +88,23 @@ def goal_row(figure: Figure) -> list[str]:
     ]
 
 
-def page(figures: Sequence[Figure], complaints: Sequence[str], machine: Mapping[str, Any]) -> str:
-    """Return an HTML page: the goals, and a drawing of each figure's medians and spread."""
+def page(
+    figures: Sequence[Figure],
+    complaints: Sequence[str],
+    machine: Mapping[str, Any],
+    commands: Mapping[str, str],
+) -> str:
+    """Return an HTML page: the goals, each figure's medians and spread drawn, and how each side was mounted."""
     about = ", ".join(f"{name} {value}" for name, value in machine.items())
     body = [f"<p>{escape(about)}</p>", _html_goals(figures)]
     if complaints:
         body.append("<h2>Not measured</h2>" + "".join(f"<p>{escape(line)}</p>" for line in complaints))
     body += [_drawing(figure) for figure in figures]
+    if commands:
+        shown = "".join(
+            f"<p>{escape(name)}<br><code>{escape(text)}</code></p>" for name, text in commands.items()
+        )
+        body.append(f"<h2>Command lines</h2>{shown}")
     return svg.page("sluice bench", "".join(body))
 
 

@@ -24,6 +24,7 @@ class Settings:
     peers: Sequence[str] = ()  # Those of tools.bench.peers to measure, too.
     programs: Path | None = None  # The directory with the peers' programs.
     complaints: list[str] = field(default_factory=list)  # What could not be measured, a line each.
+    commands: dict[str, str] = field(default_factory=dict)  # How each side was mounted, for the report.
     _serial: Iterator[int] = field(default_factory=itertools.count)
 
     def complain(self, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,11 @@ class PeerSide:
         self._recipe = recipe
         self._log = request.home / "log"
         self._daemon: subprocess.Popen[bytes] | None = None
+
+    @property
+    def command(self) -> str:
+        """Return how it is mounted, for a shell; secrets are in files and in the environment only."""
+        return shlex.join(self._recipe.mount)
 
     def pids(self) -> Sequence[int]:
         assert self._daemon is not None, "not mounted"
