@@ -94,7 +94,7 @@ def page(
     machine: Mapping[str, Any],
     commands: Mapping[str, str],
 ) -> str:
-    """Return an HTML page: the goals, each figure's medians and spread drawn, and how each side was mounted."""
+    """Return an HTML page: the goals, a drawing of each figure, and how each side was mounted."""
     about = ", ".join(f"{name} {value}" for name, value in machine.items())
     body = [f"<p>{escape(about)}</p>", _html_goals(figures)]
     if complaints:
