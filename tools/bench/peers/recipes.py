@@ -18,10 +18,9 @@ JUICEFS_BUCKET = "juicefs"  # Its chunks are no files of ours: they get a bucket
 LONG = "86400s"  # How long names are believed: nobody else changes the lake.
 
 
-S3FS_PARTS, S3FS_PART_MB = 16, 16
-# It leaves room for all parts under way on its cache's disk, and ends at once where there is none (1.90);
-# the rest is what ext4 needs for itself.
-S3FS_FREE_BYTES = S3FS_PARTS * S3FS_PART_MB * MIB + 32 * MIB
+# s3fs 1.90 ends at once where its cache's disk has no room for all the parts that may be under way.
+S3FS_PARTS, S3FS_PARTS_TIGHT = (16, 16), (4, 10)  # How many, of so many MB.
+S3FS_DISK_BYTES = 16 * MIB  # What ext4 needs for itself.
 
 
 class NotApplicable(MeasurementFailed):
@@ -149,19 +148,18 @@ def rclone_has_sent(stats: str) -> bool:
 def s3fs(request: Request) -> Recipe:
     """Return s3fs. Its cache takes what the disk has, so a tight budget is a file system of that size."""
     keys, lake = f"{request.endpoint.access_key}:{request.endpoint.secret_key}\n", request.endpoint
+    parts, part_mb = S3FS_PARTS_TIGHT if request.is_tight else S3FS_PARTS
     options = [
         f"url={lake.url}", f"endpoint={lake.region}", "use_path_request_style", "listobjectsv2",
         f"passwd_file={request.home / 'passwd'}", f"use_cache={request.cache}",
         "kernel_cache", "max_stat_cache_size=2000000", f"stat_cache_expire={LONG[:-1]}",
         "enable_noobj_cache", "multireq_max=64", "dbglevel=err",
-        f"parallel_count={S3FS_PARTS}", f"multipart_size={S3FS_PART_MB}",
+        f"parallel_count={parts}", f"multipart_size={part_mb}",
     ]  # fmt: skip
-    if request.is_tight:
-        options.append(f"ensure_diskfree={S3FS_PARTS * S3FS_PART_MB}")
     words = [word for option in options for word in ("-o", option)]
     image, cache = str(request.home / "cache.img"), str(request.cache)
     disk = [
-        ["truncate", f"--size={request.budget_bytes + S3FS_FREE_BYTES}", image],
+        ["truncate", f"--size={request.budget_bytes + S3FS_DISK_BYTES}", image],
         ["mkfs.ext4", "-q", "-F", "-m", "0", image],
         ["mkdir", "-p", cache],
         ["mount", "-o", "loop", image, cache],
