@@ -370,7 +370,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lakes.Endpoin
 def test_a_peer_reads_writes_forgets_and_leaves_nothing(
     name: str, endpoint: lakes.Endpoint, tmp_path: Path
 ) -> None:
-    request = Request(VENV, tmp_path, endpoint, endpoint, 1 << 26, writable=True)
+    home = tmp_path / ("deep" * 30)  # Longer than the path of a socket may be.
+    home.mkdir()
+    request = Request(VENV, home, endpoint, endpoint, 1 << 26, writable=True)
     with mounted_peer(name, request, None) as side:
         assert (side.directory / "a/one").read_bytes() == lakes.body("a/one", 5000)
         (side.directory / f"{name}.new").write_bytes(b"new")
@@ -381,7 +383,7 @@ def test_a_peer_reads_writes_forgets_and_leaves_nothing(
         assert set(first).isdisjoint(side.pids())
         assert (side.directory / "a/one").read_bytes() == lakes.body("a/one", 5000)
         last = [*first, *side.pids()]
-    assert not os.path.ismount(tmp_path / "data")
+    assert not os.path.ismount(home / "data")
     assert not [pid for pid in last if os.path.exists(f"/proc/{pid}")]
 
 

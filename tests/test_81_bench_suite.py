@@ -83,7 +83,10 @@ def test_peers_take_part_and_ctrl_c_leaves_no_mount_and_no_process(tmp_path: Pat
         assert len(mounts) == 3, mounts
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(100)
+        finally:
+            process.kill()
     assert process.returncode == 130, said.read_text()
     until(lambda: not left_behind(work), "nothing is left")
 

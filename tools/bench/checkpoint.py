@@ -76,17 +76,23 @@ def save_all(directory: Path, size_bytes: int, writers: int) -> float:
     barrier = context.Barrier(writers + 1)
     shares = [range(first, FILES, writers) for first in range(writers)]
     children = [
-        context.Process(target=_save_each, args=(directory, share, size_bytes, barrier)) for share in shares
+        context.Process(target=_save_each, args=(directory, share, size_bytes, barrier), daemon=True)
+        for share in shares
     ]
-    for child in children:
-        child.start()
-    barrier.wait()
-    started_s = time.monotonic()
-    for child in children:
-        child.join()
-        if child.exitcode != 0:
-            raise MeasurementFailed(f"a writer ended with status {child.exitcode}")
-    return time.monotonic() - started_s
+    try:
+        for child in children:
+            child.start()
+        barrier.wait()
+        started_s = time.monotonic()
+        for child in children:
+            child.join()
+            if child.exitcode != 0:
+                raise MeasurementFailed(f"a writer ended with status {child.exitcode}")
+        return time.monotonic() - started_s
+    finally:
+        for child in children:  # Ours to end where we are interrupted: at exit Python waits for them.
+            if child.pid is not None:
+                child.kill()
 
 
 def _save_each(directory: Path, share: range, size_bytes: int, barrier: Any) -> None:
@@ -147,7 +153,7 @@ def in_child_s(work: Callable[..., None], *arguments: Any) -> float:
     """Return the seconds that *work* took in a child process, which writes them to a pipe."""
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    child = context.Process(target=_timed_child, args=(sending, work, *arguments))
+    child = context.Process(target=_timed_child, args=(sending, work, *arguments), daemon=True)
     child.start()
     sending.close()
     try:

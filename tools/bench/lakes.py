@@ -135,7 +135,7 @@ def _fill(endpoint: Endpoint, objects: Mapping[str, int]) -> None:
 
 def in_child(work: Any, *arguments: Any) -> None:
     """Run *work* in a fresh process and wait for it. Raises RuntimeError when it fails."""
-    child = get_context("spawn").Process(target=work, args=arguments)
+    child = get_context("spawn").Process(target=work, args=arguments, daemon=True)
     child.start()
     child.join()
     if child.exitcode != 0:

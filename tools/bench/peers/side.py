@@ -99,6 +99,7 @@ class PeerSide:
         with self._log.open("ab") as log:
             self._daemon = subprocess.Popen(
                 command,
+                cwd=self._request.home,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -138,7 +139,13 @@ class PeerSide:
 
     def _run(self, command: Sequence[str]) -> str:
         done = subprocess.run(
-            command, env=self._environment(), capture_output=True, text=True, timeout=COMMAND_S, check=False
+            command,
+            cwd=self._request.home,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            check=False,
         )
         if done.returncode != 0:
             words = (done.stderr or done.stdout).strip()[-300:]
