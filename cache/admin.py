@@ -11,7 +11,9 @@ import trio
 
 from cache.counters import Features
 from cache.errors import SluiceError, UsageError
-from cache.model import ROOT_INODE, Inode
+from cache.keep_admin import KeepAdmin
+from cache.keeping import checked_evictable
+from cache.model import Inode
 from cache.mover import Mover
 from cache.recorder import Recorder
 from cache.records import Node, VersionRow
@@ -35,6 +37,7 @@ class Admin:
         self._features = features
         self._supervisor_pid = supervisor_pid
         self._writes = WriteAdmin(mover)
+        self._keeps = KeepAdmin(mover)
 
     async def handle(self, request: dict[str, Any], progress: Progress) -> Any:
         """Return the verb's result, as JSON values. Raises SluiceError."""
@@ -46,6 +49,14 @@ class Admin:
                 return await self._ls(request["paths"], bool(request.get("recursive")), limit)
             case "evict":
                 return await self._evict(request["paths"], progress)
+            case "paths":
+                return await self._keeps.add_paths(str(request["upload"]), list(request["paths"]))
+            case "warm":
+                return await self._keeps.warm(request, progress)
+            case "pin":
+                return await self._keeps.pin(request, progress)
+            case "unpin":
+                return await self._keeps.unpin(list(request["paths"]))
             case "hidden":
                 return self._hidden(int(request.get("limit", 1000)))
             case "hint":
@@ -126,23 +137,9 @@ class Admin:
             "dirty_bytes": mover.uploader.dirty_bytes if mover.uploader is not None else 0,
             "uploads": self._writes.uploads(),
             "sets": mover.ahead.status() if mover.ahead is not None else [],
+            "pins": self._keeps.pins(),
+            "warming": mover.warmer.status(),
         }
-
-    async def _resolve(self, path: str) -> tuple[Inode, Node]:
-        """Return the inode that *path* shows. Raises UsageError when there is none."""
-        index = self._mover.index
-        inode, node = ROOT_INODE, index.node(ROOT_INODE)
-        assert node is not None
-        for name in os.fsencode(path).split(b"/"):
-            if name in (b"", b"."):
-                continue
-            found = index.child(inode, name)
-            if found is None and node.is_directory and await self._mover.lister.lookup(inode, name):
-                found = index.child(inode, name)
-            if found is None:
-                raise UsageError(f"{path}: no such file or directory")
-            inode, node = found
-        return inode, node
 
     def _below(self, inode: Inode, node: Node, path: str, *, deep: bool) -> Iterator[tuple[Inode, Node, str]]:
         """Yield (inode, node, path) of the file, or of what the directory holds."""
@@ -167,7 +164,7 @@ class Admin:
         ranks = self._ranks()
         for path in paths:
             try:
-                inode, node = await self._resolve(path)
+                inode, node = await self._mover.walker.resolve(path)
                 if node.is_directory:
                     await self._mover.lister.list_directory(inode)
             except SluiceError as error:
@@ -218,14 +215,22 @@ class Admin:
         errors: list[dict[str, str]] = []
         for path in paths:
             try:
-                inode, node = await self._resolve(path)
+                inode, node = await self._mover.walker.resolve(path)
+                checked_evictable(path, self._mover.keeper.pins.pinned_by(os.fsencode(path.strip("/"))))
             except SluiceError as error:
                 errors.append({"path": path, "error": str(error)})
                 continue
-            for _, child, _ in list(self._below(inode, node, path, deep=True)):
+            pinned = 0
+            for _, child, child_path in list(self._below(inode, node, path.strip("/"), deep=True)):
+                if self._mover.keeper.pins.pinned_by(os.fsencode(child_path)) is not None:
+                    pinned += 1
+                    continue
                 freed = await self._mover.residency.drop_version(child.vid) if child.vid else 0
                 objects += freed > 0
                 freed_bytes += freed
+            if pinned:
+                text = f"{pinned:,} pinned files below it stay: `sluice unpin` them first"
+                errors.append({"path": path, "error": text})
         return {"objects": objects, "bytes": freed_bytes, "errors": errors}
 
     def _hidden(self, limit: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cache.errors import CacheError, LakeError, MountReadOnly, ObjectChanged, Ob
 from cache.fetcher import Fetcher
 from cache.index import Index, remove_index
 from cache.journaling import JournalKeeper
+from cache.keeping import Keeper
 from cache.lake.open import open_lake
 from cache.lake_io import LakeIO
 from cache.lister import Lister
@@ -33,6 +34,7 @@ from cache.messages import Answer
 from cache.model import MIB, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
+from cache.pins import Pins
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -47,6 +49,8 @@ from cache.store import read_store_id
 from cache.survey import Survey
 from cache.tier import TierBudget, TierFiles
 from cache.uploader import Uploader
+from cache.walking import Walker
+from cache.warming import Warmer
 from cache.write_path import (
     Ledger,
     Shared,
@@ -103,6 +107,9 @@ class Mover:
     ahead: SetReadAhead | None  # None: --read-ahead says so.
     started_at_s: float
     table: PendingTable
+    walker: Walker
+    warmer: Warmer
+    keeper: Keeper
     write_path: WritePath | None = None  # Neither on a read-only mount.
     uploader: Uploader | None = None
     recorders: list[Recorder] = field(default_factory=list)  # Of every request, while `sluice trace` runs.
@@ -180,7 +187,11 @@ class Mover:
             case messages.AwaitRoom():
                 await changes.await_room()
             case _:
-                return await changes.apply(request, id)
+                answer = await changes.apply(request, id)
+                if isinstance(request, messages.Rename):
+                    self.keeper.renamed(request.new_parent, request.new_name)
+                self.keeper.names_changed()
+                return answer
         return Answer(0)
 
     async def _of_version(self, inode: Inode, ask: Callable[[ObjectVersion], Awaitable[T]]) -> T:
@@ -270,6 +281,9 @@ async def run_mover(
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
     residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine, shared.opens)
+    pins = Pins(config.index_directory, index)
+    for tier in residency.tiers:
+        tier.is_pinned = pins.is_pinned
     ledger = None
     try:
         if config.read_only:
@@ -304,6 +318,7 @@ async def run_mover(
                     make_upcoming=orders.make_upcoming,
                 )
                 nursery.start_soon(ahead.run)
+            walker = Walker(index, lister)
             mover = Mover(
                 config,
                 index,
@@ -317,11 +332,15 @@ async def run_mover(
                 ahead,
                 time.time(),
                 table,
+                walker,
+                Warmer(lake_io, index, residency, fetcher, config.fetch_threads),
+                Keeper(index, residency, walker, pins),
             )
             await restore(residency, index, committer, disk_engine)
             if ledger is not None:
                 mover.write_path = _start_writing(mover, nursery, ledger, disk_engine, shared)
             nursery.start_soon(residency.adopt_all)
+            nursery.start_soon(mover.keeper.run)
             nursery.start_soon(residency.keep_dram_room)
             nursery.start_soon(mover.save_usage_regularly)
             await serve(mover, changed_receive)

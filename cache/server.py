@@ -60,6 +60,7 @@ class WorkerConnections:
     async def tell_changes(self, changes: trio.MemoryReceiveChannel[Changed]) -> None:
         """Pass on to a worker, for the kernel, which entries show something else now."""
         async for changed in changes:
+            self._mover.keeper.names_changed()
             if self._connections:
                 entries = [(int(parent), name) for parent, name in changed]
                 await self._connections[0].send(messages.Invalidate(entries))

@@ -66,6 +66,7 @@ def test_the_options_in_the_text_exist() -> None:
     known = {f"--{option.name}" for option in OPTIONS}
     of_commands = {"--config", "--json", "--recursive", "--only", "--lazy", "--keep"}
     of_commands |= {"--seconds", "--plot", "--size", "--latency", "--bandwidth", "--generate"}
+    of_commands |= {"--from-list", "--tier", "--no-fetch", "--list"}
     elsewhere = of_commands | {"--data", "--save-to"}  # Of a training script.
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | elsewhere
 
