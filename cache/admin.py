@@ -26,6 +26,7 @@ _LS_LIMIT_MAX = 100_000
 _TRACE_S_MAX = 7 * 86400.0
 _TRACE_PART = 10_000
 _TRACE_EVERY_S = 1.0
+_PIPES_GONE_S = 2.0
 _RANKED = 100_000  # How deep the order of leaving is looked at.
 
 
@@ -139,6 +140,7 @@ class Admin:
             "sets": mover.ahead.status() if mover.ahead is not None else [],
             "pins": self._keeps.pins(),
             "warming": mover.warmer.status(),
+            "told": mover.control_files.status(),
         }
 
     def _below(self, inode: Inode, node: Node, path: str, *, deep: bool) -> Iterator[tuple[Inode, Node, str]]:
@@ -260,6 +262,9 @@ class Admin:
 
     async def _drain(self, progress: Progress) -> dict[str, Any]:
         moved = 0
+        self._mover.pipes.let_go()  # They would keep the mount busy.
+        with trio.move_on_after(_PIPES_GONE_S):
+            await self._mover.pipes.gone()
         async for done, total in self._mover.residency.drain_dram():
             moved = done
             await progress({"done": done, "total": total, "unit": "bytes"})

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import trio
 
+import sluicefs
 from cache import messages
 from cache.ahead import SetReadAhead
 from cache.committer import Committer
 from cache.config import MountConfig
+from cache.control_files import TEXT_BYTES_MAX, WRITABLE, ControlFiles
 from cache.counters import Counters
 from cache.dispatching import UploadConfig
 from cache.engine import Engine
@@ -31,10 +33,11 @@ from cache.lake_io import LakeIO
 from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
-from cache.model import MIB, Inode, ObjectVersion
+from cache.model import CONTROL_NAME, MIB, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
 from cache.pins import Pins
+from cache.pipes import Pipes
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -110,6 +113,8 @@ class Mover:
     walker: Walker
     warmer: Warmer
     keeper: Keeper
+    control_files: ControlFiles
+    pipes: Pipes
     write_path: WritePath | None = None  # Neither on a read-only mount.
     uploader: Uploader | None = None
     recorders: list[Recorder] = field(default_factory=list)  # Of every request, while `sluice trace` runs.
@@ -160,8 +165,31 @@ class Mover:
                 self.fetcher.read_seen(self._version(Inode(inode)), offset, length, stalled=False)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
+            case (
+                messages.TakeSnapshot()
+                | messages.ReadSnapshot()
+                | messages.WriteText()
+                | messages.FinishText()
+                | messages.PipeLookedUp()
+            ):
+                return await self._control(request)
             case _:
                 return await self._write(request, id)
+        return Answer(0)
+
+    async def _control(self, request: messages.ControlRequest) -> Answer:
+        files = self.control_files
+        match request:
+            case messages.TakeSnapshot(name):
+                return Answer(0, value=files.snapshot(name))
+            case messages.ReadSnapshot(number, offset, length):
+                return Answer(0, body=files.read(number, offset, length))
+            case messages.WriteText(handle, name, offset, body):
+                await files.write(handle, name, offset, body)
+            case messages.FinishText(handle, is_closed):
+                await files.finish(handle, is_closed=is_closed)
+            case messages.PipeLookedUp(name):
+                await self.pipes.looked_up(name)
         return Answer(0)
 
     def _note_use(self, inode: int, now_s: float) -> None:
@@ -319,6 +347,8 @@ async def run_mover(
                 )
                 nursery.start_soon(ahead.run)
             walker = Walker(index, lister)
+            warmer = Warmer(lake_io, index, residency, fetcher, config.fetch_threads)
+            files = ControlFiles(nursery, config, orders, walker, warmer, sluicefs.__version__)
             mover = Mover(
                 config,
                 index,
@@ -333,8 +363,10 @@ async def run_mover(
                 time.time(),
                 table,
                 walker,
-                Warmer(lake_io, index, residency, fetcher, config.fetch_threads),
+                warmer,
                 Keeper(index, residency, walker, pins),
+                files,
+                Pipes(nursery, config.mountpoint / os.fsdecode(CONTROL_NAME), files.take, TEXT_BYTES_MAX),
             )
             await restore(residency, index, committer, disk_engine)
             if ledger is not None:
@@ -343,6 +375,9 @@ async def run_mover(
             nursery.start_soon(mover.keeper.run)
             nursery.start_soon(residency.keep_dram_room)
             nursery.start_soon(mover.save_usage_regularly)
+            if not first and config.read_only:  # Who waits to write to a mover that died finds a reader.
+                for name in WRITABLE:
+                    nursery.start_soon(mover.pipes.looked_up, name)
             await serve(mover, changed_receive)
             if mover.write_path is not None:
                 await mover.write_path.settle()

@@ -179,6 +179,7 @@ async def serve_mover(
         async with trio.open_nursery() as nursery:
             connections = WorkerConnections(mover, nursery)
             admin = Admin(mover, shared.features, os.getppid() if config.workers else os.getpid())
+            mover.control_files.stats = admin.status
             nursery.start_soon(connections.tell_changes, changes)
             nursery.start_soon(_accept, nursery, listeners.workers, connections.serve)
             nursery.start_soon(_accept, nursery, listeners.control, partial(serve_control, admin))

@@ -174,7 +174,9 @@ def test_bad_input_is_refused_in_one_line(mounting: Mounting, folder: Folder, tm
 def test_what_the_lake_does_not_give_is_counted_and_told_once(mounting: Mounting, folder: Folder) -> None:
     fill(folder, "train")
     mount = mounting.mount(folder.url)
-    assert len(os.listdir(mount.directory / "train/c0")) + len(os.listdir(mount.directory / "train/c1")) == FILES
+    assert (
+        len(os.listdir(mount.directory / "train/c0")) + len(os.listdir(mount.directory / "train/c1")) == FILES
+    )
     for number in range(0, 20, 2):
         folder.delete(f"train/c0/{number:03d}.jpg")
     done = sluice("warm", mount.directory / "train")
