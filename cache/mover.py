@@ -33,11 +33,11 @@ from cache.lake_io import LakeIO
 from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
-from cache.model import CONTROL_NAME, MIB, Inode, ObjectVersion
+from cache.model import MIB, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
 from cache.pins import Pins
-from cache.pipes import Pipes
+from cache.pipes import PIPES_NAME, Pipes
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -366,7 +366,7 @@ async def run_mover(
                 warmer,
                 Keeper(index, residency, walker, pins),
                 files,
-                Pipes(nursery, config.mountpoint / os.fsdecode(CONTROL_NAME), files.take, TEXT_BYTES_MAX),
+                Pipes(nursery, config.mountpoint / os.fsdecode(PIPES_NAME), files.take, TEXT_BYTES_MAX),
             )
             await restore(residency, index, committer, disk_engine)
             if ledger is not None:

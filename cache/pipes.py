@@ -3,7 +3,8 @@
 There the kernel refuses to open a regular file for writing, whatever we say, but not a FIFO. So these
 two are FIFOs there, which the kernel keeps itself: we are one of their readers, through the mount. A
 reader keeps the mount busy. So there is one only from the moment somebody looks such a name up, before he
-is answered, until a little after the last writer has gone.
+is answered, until a little after the last writer has gone. While he waits, the kernel may hold a lock of the
+directory (it does for O_CREAT), so we reach the same FIFOs by another one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from cache.errors import TextRefused
 
 log = logging.getLogger(__name__)
 
-READER_PREFIX = b".reader."  # Of the names that show the same FIFOs to us: looked up without asking us.
+# In the root: shows the FIFOs, to us, and is looked up without asking us. No key of S3 is like it.
+PIPES_NAME = b".sluice\xff"
 _LINGER_S = 5.0  # So long who has looked a FIFO up may take to open it.
 _LINGER_AFTER_S = 0.2  # The same once a text has come, and nobody has looked it up since.
 _POLL_S = 0.02
@@ -39,7 +41,7 @@ class _Reader:
 
 
 class Pipes:
-    """For the mover's trio thread. *directory*: `.sluice`, by the way through the mount."""
+    """For the mover's trio thread. *directory*: PIPES_NAME in the mount's root."""
 
     def __init__(self, nursery: trio.Nursery, directory: Path, take: Take, text_bytes_max: int) -> None:
         self._nursery = nursery
@@ -69,7 +71,7 @@ class Pipes:
 
     def _open(self, name: bytes) -> int:
         """Return the descriptor, -1 where the mount is not what is there."""
-        path = self._directory / os.fsdecode(READER_PREFIX + name)
+        path = self._directory / os.fsdecode(name)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:

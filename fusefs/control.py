@@ -8,6 +8,7 @@ is to be remembered is the mover's. Inodes say themselves what they are:
 
   CONTROL_BIT | 1          the directory
   CONTROL_BIT | 2, 3       order, warm
+  CONTROL_BIT | 4          where the mover finds these two on a read-only mount
   CONTROL_BIT | ... << 32  a snapshot of a file for reading, with its size in the low bits
 
 A snapshot never changes, so what the kernel's page cache has of it is right, also on mounts without
@@ -33,11 +34,11 @@ from cache.messages import (
     WriteText,
 )
 from cache.model import CONTROL_NAME, ROOT_INODE
-from cache.pipes import READER_PREFIX
+from cache.pipes import PIPES_NAME
 
 CONTROL_BIT = 1 << 57  # Above all inodes, and below the bits that handles have.
 _MASK = CONTROL_BIT - 1
-DIRECTORY = CONTROL_BIT | 1
+DIRECTORY, PIPES = CONTROL_BIT | 1, CONTROL_BIT | 4
 _WRITABLE = {CONTROL_BIT | number: name for number, name in enumerate(WRITABLE, 2)}
 _INODES = {name: inode for inode, name in _WRITABLE.items()}
 _SNAPSHOT_MIN = 1 << SIZE_BITS
@@ -60,14 +61,18 @@ class ControlDirectory:
         self._mover = mover
         self._read_only = read_only
 
-    @staticmethod
-    def is_in_root(parent: int, name: bytes) -> bool:
-        return parent == ROOT_INODE and name == CONTROL_NAME
+    def in_root(self, parent: int, name: bytes) -> int:
+        """Return the inode of what is named like this in the mount's root; 0 if it is none of ours."""
+        if parent != ROOT_INODE or not name.startswith(CONTROL_NAME):
+            return 0
+        if name == CONTROL_NAME:
+            return DIRECTORY
+        return PIPES if name == PIPES_NAME and self._read_only else 0
 
     def entry(self, inode: int) -> ControlEntry:
         """Return what an inode is. Raises NameMissing."""
-        if inode == DIRECTORY:
-            return ControlEntry(inode, CONTROL_NAME, stat.S_IFDIR | 0o555)
+        if inode in (DIRECTORY, PIPES):
+            return ControlEntry(inode, b"", stat.S_IFDIR | 0o555)
         if inode in _WRITABLE:
             kind = stat.S_IFIFO if self._read_only else stat.S_IFREG
             return ControlEntry(inode, _WRITABLE[inode], kind | 0o622)
@@ -75,23 +80,22 @@ class ControlDirectory:
             return ControlEntry(inode, b"", stat.S_IFREG | 0o444, inode & (_SNAPSHOT_MIN - 1))
         raise NameMissing("no such control file")
 
-    async def lookup(self, name: bytes) -> ControlEntry:
+    async def lookup(self, parent: int, name: bytes) -> ControlEntry:
         """Return the directory's entry of that name. Raises NameMissing, and what the mover raises."""
-        if name in READABLE:
+        if name in READABLE and parent == DIRECTORY:
             number = (await self._mover.ask(TakeSnapshot(name))).value
             return self.entry(CONTROL_BIT | number)
-        asked = name.removeprefix(READER_PREFIX)
-        if asked not in WRITABLE or (asked != name and not self._read_only):
+        if name not in WRITABLE:
             raise NameMissing(f"{os.fsdecode(name)}: no such control file")
-        if self._read_only and asked == name:
+        if self._read_only and parent == DIRECTORY:
             await self._mover.ask(PipeLookedUp(name))
-        return self.entry(_INODES[asked])
+        return self.entry(_INODES[name])
 
     async def entries(self) -> list[ControlEntry]:
         """Return what the directory lists."""
         found = []
         for name in (*READABLE, *WRITABLE):
-            entry = await self.lookup(name) if name in READABLE else self.entry(_INODES[name])
+            entry = await self.lookup(DIRECTORY, name) if name in READABLE else self.entry(_INODES[name])
             found.append(ControlEntry(entry.inode, name, entry.mode, entry.size_bytes))
         return found
 

@@ -8,11 +8,12 @@ nothing is awaited before.
 from __future__ import annotations
 
 import errno
+import stat
 
 import pyfuse3
 
 from cache.errors import NamespaceError
-from fusefs.control import CONTROL_BIT, DIRECTORY, ControlDirectory, ControlEntry
+from fusefs.control import CONTROL_BIT, ControlDirectory, ControlEntry
 from fusefs.guarding import guarded
 from fusefs.operations import Operations
 from fusefs.replies import absent
@@ -28,7 +29,7 @@ class ControlOperations(Operations):
         shown = pyfuse3.EntryAttributes()
         shown.st_ino = pyfuse3.InodeT(entry.inode)
         shown.st_mode = pyfuse3.ModeT(entry.mode)
-        shown.st_nlink = 2 if entry.inode == DIRECTORY else 1
+        shown.st_nlink = 2 if stat.S_ISDIR(entry.mode) else 1
         shown.st_size = entry.size_bytes
         shown.st_blocks = (entry.size_bytes + 511) // 512
         shown.st_uid, shown.st_gid = self._uid, self._gid
@@ -37,19 +38,19 @@ class ControlOperations(Operations):
 
     @guarded
     async def _control_lookup(self, parent: int, name: bytes) -> pyfuse3.EntryAttributes:
-        if self.control.is_in_root(parent, name) or name == b".":
-            return self._shown(self.control.entry(DIRECTORY))
-        if parent != DIRECTORY:
-            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        if inode := self.control.in_root(parent, name):
+            return self._shown(self.control.entry(inode))
+        if name == b".":
+            return self._shown(self.control.entry(parent))
         try:
-            return self._shown(await self.control.lookup(name))
+            return self._shown(await self.control.lookup(parent, name))
         except NamespaceError:
             return absent(0.0)
 
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        if parent_inode & CONTROL_BIT or self.control.is_in_root(parent_inode, name):
+        if parent_inode & CONTROL_BIT or self.control.in_root(parent_inode, name):
             return await self._control_lookup(parent_inode, name)
         return await super().lookup(parent_inode, name, ctx)
 
@@ -222,7 +223,7 @@ class ControlOperations(Operations):
         await super().rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, ctx)
 
     def _refuse(self, parent: int, name: bytes) -> None:
-        if parent & CONTROL_BIT or self.control.is_in_root(parent, name):
+        if parent & CONTROL_BIT or self.control.in_root(parent, name):
             raise pyfuse3.FUSEError(errno.EPERM)
 
     async def setxattr(
