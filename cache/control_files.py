@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 READABLE, WRITABLE = (b"stats", b"config", b"version"), (b"order", b"warm")
 SIZE_BITS = 32  # Of a snapshot's number: its size. So a worker knows it without asking.
 _SNAPSHOTS_MAX = 64
-_SAME_S = 0.05  # The kernel looks a name up twice to open it: both times it is one snapshot.
+_SAME_S = 0.05  # The kernel looks a name up twice to open it: it is one snapshot, until that is read.
 _TEXTS_MAX = 64  # Written at one time.
 TEXT_BYTES_MAX = 512 * MIB
 _PAGE_BYTES = 4096
@@ -112,6 +112,7 @@ class ControlFiles:
         """Return bytes of a snapshot. Raises ObjectMissing for one that is too old."""
         if number not in self._snapshots:
             raise ObjectMissing("this reading of the file is too old: open it again")
+        self._latest = {name: latest for name, latest in self._latest.items() if latest[1] != number}
         return self._snapshots[number][offset : offset + length]
 
     # Writing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import stat
+import time
 
 import pyfuse3
 
@@ -33,6 +34,7 @@ class ControlOperations(Operations):
         shown.st_size = entry.size_bytes
         shown.st_blocks = (entry.size_bytes + 511) // 512
         shown.st_uid, shown.st_gid = self._uid, self._gid
+        shown.st_mtime_ns = shown.st_ctime_ns = shown.st_atime_ns = time.time_ns()
         shown.entry_timeout = shown.attr_timeout = 0
         return shown
 
