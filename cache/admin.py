@@ -15,8 +15,10 @@ from cache.keep_admin import KeepAdmin
 from cache.keeping import checked_evictable
 from cache.model import Inode
 from cache.mover import Mover
+from cache.policy.eviction import PINNED
 from cache.recorder import Recorder
 from cache.records import Node, VersionRow
+from cache.warming import items_of
 from cache.write_admin import WriteAdmin
 
 Progress = Callable[[dict[str, Any]], Awaitable[bool]]  # Returns whether the command still listens.
@@ -125,6 +127,7 @@ class Admin:
                     "lake": totals["bytes_lake"] + totals["bytes_through"],
                 },
                 "requests": {name: totals[name] for name in _REQUESTS_SHOWN},
+                "hit_rate": _hit_rate(totals),
                 "waits": totals["waits"],
                 "wait_s": totals["wait_us"] / 1e6,
                 "errors": totals["errors"],
@@ -172,10 +175,10 @@ class Admin:
             except SluiceError as error:
                 errors.append({"path": path, "error": str(error)})
                 continue
-            for _, child, child_path in self._below(inode, node, path.strip("/"), deep=recursive):
+            for child_inode, child, child_path in self._below(inode, node, path.strip("/"), deep=recursive):
                 if len(entries) >= limit:
                     return {"entries": entries, "errors": errors, "truncated": True}
-                entries.append(self._entry(child, child_path, ranks))
+                entries.append(self._entry(child_inode, child, child_path, ranks))
         return {"entries": entries, "errors": errors, "truncated": False}
 
     def _ranks(self) -> dict[bytes, int]:
@@ -186,7 +189,7 @@ class Admin:
                 ranks.setdefault(item[:16], rank)
         return ranks
 
-    def _entry(self, node: Node, path: str, ranks: dict[bytes, int]) -> dict[str, Any]:
+    def _entry(self, inode: Inode, node: Node, path: str, ranks: dict[bytes, int]) -> dict[str, Any]:
         row = None if node.is_directory else self._mover.index.version(node.vid)
         entry: dict[str, Any] = {
             "path": path,
@@ -197,6 +200,9 @@ class Admin:
             "hits": 0,
             "last_used_s": None,
             "victim_rank": None,
+            "leaves": None,
+            "pinned": self._mover.keeper.pins.pinned_by(os.fsencode(path)) is not None,
+            "dirty": self._writes.state_of(inode),
         }
         if row is not None:
             usage = self._mover.residency.usage(node.vid, row)
@@ -204,7 +210,17 @@ class Admin:
             entry["cached_bytes"] = self._cached_bytes(node.vid, row)
             entry["hits"], entry["last_used_s"] = usage.hits, usage.last_used_s
             entry["victim_rank"] = ranks.get(node.vid)
+            entry["leaves"] = self._why(node.vid, row)
         return entry
+
+    def _why(self, vid: bytes, row: VersionRow) -> str | None:
+        """Return what decides when the version leaves its tier."""
+        if (stays := self._mover.residency.has_to_stay(vid)) is not None:
+            return stays
+        policy = self._mover.residency.tiers[row.tier].policy
+        if self._mover.keeper.pins.is_pinned(vid):
+            return PINNED
+        return next((policy.why(item) for item in items_of(self._mover.index, vid, row)), None)
 
     def _cached_bytes(self, vid: bytes, row: VersionRow) -> int:
         if row.whole:
@@ -269,3 +285,10 @@ class Admin:
             moved = done
             await progress({"done": done, "total": total, "unit": "bytes"})
         return {"bytes": moved}
+
+
+def _hit_rate(totals: dict[str, int]) -> float | None:
+    """Return the share of the bytes read that came from a tier without waiting; None before any came."""
+    hits = totals["bytes_dram"] + totals["bytes_nvme"]
+    read_bytes = hits + totals["bytes_lake"] + totals["bytes_through"]
+    return round(hits / read_bytes, 4) if read_bytes else None

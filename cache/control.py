@@ -12,7 +12,8 @@ status                     -> the stable keys of `sluice status --json`
 ls      {"paths": [...], "recursive": bool, "limit": int}
                            -> {"entries": [{"path", "kind": "file"|"directory", "size_bytes",
                                "tier": str|null, "cached_bytes", "hits", "last_used_s": float|null (unix),
-                               "victim_rank": int|null}], "errors": [{"path", "error"}], "truncated": bool}
+                               "victim_rank": int|null, "leaves": str|null (why), "pinned": bool,
+                               "dirty": str|null}], "errors": [{"path", "error"}], "truncated": bool}
 evict   {"paths": [...]}   -> {"objects": int, "bytes": int, "errors": [{"path", "error"}]}
 paths   {"upload": str, "paths": [...]}
                            -> {"files": int, "failed": int}, of all parts so far: a list for `warm`

@@ -146,10 +146,13 @@ class Mover:
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length):
-                self._note_use(inode, time.time())
+                began_s = time.time()
+                self._note_use(inode, began_s)
                 await self._of_version(
                     Inode(inode), lambda version: self.fetcher.fetch(version, offset, length)
                 )
+                if self.ahead is not None:
+                    self.ahead.waited(Inode(inode), time.time() - began_s)
             case messages.ReadThrough(inode, offset, length):
                 body = await self._of_version(
                     Inode(inode), lambda version: self.fetcher.read_through(version, offset, length)
