@@ -39,6 +39,7 @@ TEXT_BYTES_MAX = 512 * MIB
 _PAGE_BYTES = 4096
 _FOREIGN_TRIED = 8  # Paths that are tried to see where another mount namespace has this mount.
 _EXAMPLES = 3
+_STEPS = 200  # Paths looked up between two checkpoints.
 
 
 @dataclass
@@ -262,7 +263,9 @@ class ControlFiles:
         good = list(dict.fromkeys(line for _, line in named if b"\0" not in line and len(line) < _PAGE_BYTES))
         paths: list[str] = []
         missing: list[str] = []
-        for path in await self._relative(good, ""):
+        for number, path in enumerate(await self._relative(good, "")):
+            if number % _STEPS == 0:
+                await trio.lowlevel.checkpoint()
             (paths if await self._exists(path) else missing).append(path)
         if not paths:
             at = (
@@ -286,8 +289,7 @@ class ControlFiles:
     async def _warm(self, paths: list[str]) -> None:
         try:
             found = Found()
-            for path in paths:
-                await self._walker.add(found, path)
+            await self._walker.add_all(found, paths)
             job = await self._warmer.plan(found)
             await self._warmer.run(job, found)
         except SluiceError as error:

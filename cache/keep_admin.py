@@ -30,8 +30,7 @@ class KeepAdmin:
         found = self._uploads.setdefault(upload, Found())
         if len(self._uploads) > _UPLOADS_MAX:
             self._uploads.popitem(last=False)
-        for path in paths:
-            await self._mover.walker.add(found, path)
+        await self._mover.walker.add_all(found, paths)
         return {"files": len(found.inodes), "failed": found.failed}
 
     async def warm(self, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -41,8 +40,7 @@ class KeepAdmin:
         found = self._uploads.pop(str(request.get("upload", "")), None) or Found()
 
         async def find() -> Found:
-            for path in request.get("paths", ()):
-                await self._mover.walker.add(found, path)
+            await self._mover.walker.add_all(found, request.get("paths", ()))
             return found
 
         return await self._fetch(find, tier, progress)

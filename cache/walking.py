@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -69,6 +70,12 @@ class Walker:
                 raise UsageError(f"{path}: no such file or directory")
             inode, node = found
         return inode, node
+
+    async def add_all(self, found: Found, paths: Iterable[str]) -> None:
+        for number, path in enumerate(paths):
+            if number % _STEPS == 0:
+                await trio.lowlevel.checkpoint()
+            await self.add(found, path)
 
     async def add(self, found: Found, path: str) -> None:
         """Add the file at *path*, or all files below the directory. What fails is noted."""

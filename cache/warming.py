@@ -44,7 +44,7 @@ from cache.model import (
 from cache.places import Tier
 from cache.policy.eviction import PINNED, ItemId
 from cache.policy.parallel import Parallelism
-from cache.records import Node, VersionRow, group_key
+from cache.records import Node, VersionRow, charge, group_key
 from cache.residency import DRAM_SHARE_MAX, Residency
 from cache.walking import Found
 
@@ -243,6 +243,7 @@ class Warmer:
         largest = max(each.budget.size_bytes for each in self._wanted_tiers(job.tier))
         if job.tier == "dram":
             largest //= DRAM_SHARE_MAX
+        room_bytes = self._fit_misplaced(job, room_bytes, largest)
         fitting, unfit = array("Q"), array("Q")
         for inode, (charged, fetch_bytes) in zip(job.missing, sizes, strict=True):
             if charged <= min(room_bytes, largest):
@@ -252,7 +253,23 @@ class Warmer:
             else:
                 job.unfit_bytes += fetch_bytes
                 unfit.append(inode)
-        job.missing, job.fitting, job.unfit_files = fitting + unfit, len(fitting), len(unfit)
+        job.missing, job.fitting = fitting + unfit, len(fitting)
+        job.unfit_files += len(unfit)
+
+    def _fit_misplaced(self, job: Job, room_bytes: int, largest: int) -> int:
+        """Leave those in *misplaced* that fit; return the room that is left then."""
+        fitting = array("Q")
+        for inode in job.misplaced:
+            node = self._index.node(inode)
+            charged = charge(node.size_bytes) if node is not None else 0
+            if charged <= min(room_bytes, largest):
+                room_bytes -= charged
+                fitting.append(inode)
+            else:
+                job.unfit_bytes += charged
+        left_out, job.misplaced = len(job.misplaced) - len(fitting), fitting
+        job.unfit_files += left_out
+        return room_bytes
 
     # Fetch
 

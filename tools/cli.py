@@ -28,7 +28,7 @@ COMMANDS = {
     "mount": Command("tools.mount", "LAKE DIR", "mount s3://bucket[/prefix] or a directory"),
     "umount": Command("tools.umount", "DIR", "unmount, and keep the cache for the next time"),
     "status": Command("tools.status", "[DIR]", "what is mounted: tiers, hits, requests, features"),
-    "ls": Command("tools.ls", "PATH…", "tier, cached share and hits of files"),
+    "ls": Command("tools.ls", "PATH…", "tier, cached share and hits of files, and what leaves next"),
     "sync": Command("tools.sync", "[PATH…]", "wait until the lake has it; prints receipts"),
     "queue": Command("tools.upload_queue", "[DIR]", "what waits for the lake, what failed and why"),
     "warm": Command("tools.warm", "PATH…", "fetch files into the cache before they are read"),
