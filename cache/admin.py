@@ -190,7 +190,7 @@ class Admin:
         return ranks
 
     def _entry(self, inode: Inode, node: Node, path: str, ranks: dict[bytes, int]) -> dict[str, Any]:
-        row = None if node.is_directory else self._mover.index.version(node.vid)
+        row = self._mover.index.version(node.vid) if node.vid else None
         entry: dict[str, Any] = {
             "path": path,
             "kind": "directory" if node.is_directory else "file",

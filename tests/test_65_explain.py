@@ -82,7 +82,7 @@ def test_status_tells_hits_and_waits_by_set(mounting: Mounting, folder: Folder) 
     assert (shown["hit_rate"], shown["waited_s"]) == (1.0, 0.0)
     reads = mount.reads()
     assert 0 < reads["hit_rate"] < 1 and reads["waits"] > 0
-    text = sluice("status", mount.directory).stdout
+    text = " ".join(sluice("status", mount.directory).stdout.replace("│", " ").split())  # It is folded.
     assert "100.0% hits in this epoch, readers waited 0.0 s" in text and "% hits; " in text
 
 
