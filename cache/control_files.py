@@ -199,7 +199,7 @@ class ControlFiles:
             return await self._orders.hint({"directory": directory, **request})
         base = await self._directory(hint.directory) if hint.directory is not None else ""
         paths = await self._relative(hint.paths, base)
-        directory = base or os.path.commonpath([os.path.dirname(path) for path in paths])
+        directory = base or await trio.to_thread.run_sync(_common_directory, paths)
         while True:
             try:
                 return await self._orders.hint(
@@ -224,19 +224,10 @@ class ControlFiles:
         Absolute ones may be those of a container that has the mount elsewhere: what leads to the
         mount there is found by trying.
         """
-        prefix = f"{base}/" if base else ""
         root = os.fsencode(self._config.mountpoint)
         foreign = [path for path in paths if path.startswith(b"/") and not _is_below(path, root)]
         cut = await self._foreign_parts(foreign[:_FOREIGN_TRIED])
-        found = []
-        for path in paths:
-            if not path.startswith(b"/"):
-                found.append(prefix + os.fsdecode(path).removeprefix("./"))
-            elif _is_below(path, root):
-                found.append(os.fsdecode(path[len(root) :]).strip("/"))
-            else:
-                found.append("/".join(os.fsdecode(path).strip("/").split("/")[cut:]))
-        return found
+        return await trio.to_thread.run_sync(_cut_all, paths, root, base, cut)  # Seconds for a million.
 
     async def _foreign_parts(self, paths: list[bytes]) -> int:
         """Return how many leading parts of *paths* have no place in the mount; 0 where none fits."""
@@ -312,3 +303,21 @@ class ControlFiles:
 
 def _is_below(path: bytes, root: bytes) -> bool:
     return path == root or path.startswith(root + b"/")
+
+
+def _cut_all(paths: list[bytes], root: bytes, base: str, cut: int) -> list[str]:
+    """Return *paths* below the mount's root: *cut* parts are taken off those from elsewhere."""
+    prefix = f"{base}/" if base else ""
+    found = []
+    for path in paths:
+        if not path.startswith(b"/"):
+            found.append(prefix + os.fsdecode(path).removeprefix("./"))
+        elif _is_below(path, root):
+            found.append(os.fsdecode(path[len(root) :]).strip("/"))
+        else:
+            found.append("/".join(os.fsdecode(path).strip("/").split("/")[cut:]))
+    return found
+
+
+def _common_directory(paths: list[str]) -> str:
+    return os.path.commonpath({os.path.dirname(path) for path in paths})

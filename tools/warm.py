@@ -147,6 +147,7 @@ class _Shown:
             self._say([f"sluice: {line}" for line in plan_lines(told)])
         if self._bar is not None and self._task is not None and told["phase"] != "listing":
             files = f"{told['fetched_files']:,} of {told['fetch_files']:,} files"
+            files += f", {told['moved_files']:,} moved" if told["moved_files"] else ""
             self._bar.update(
                 self._task,
                 completed=told["fetched_bytes"],
