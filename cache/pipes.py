@@ -61,7 +61,8 @@ class Pipes:
             return
         opened = self._opening[name] = trio.Event()
         try:
-            fd = await trio.to_thread.run_sync(self._open, name)
+            # Abandoned when the mover ends: should no worker answer then, it would wait for ever.
+            fd = await trio.to_thread.run_sync(self._open, name, abandon_on_cancel=True)
             if fd >= 0:
                 reader = self._readers[name] = _Reader(fd, trio.current_time() + _LINGER_S)
                 self._nursery.start_soon(self._read, name, reader)

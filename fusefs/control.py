@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from cache.client import MoverClient
 from cache.control_files import READABLE, SIZE_BITS, WRITABLE
-from cache.errors import NameMissing
+from cache.errors import NameMissing, TextRefused
 from cache.messages import (
     FinishText,
     PipeLookedUp,
@@ -113,12 +113,15 @@ class ControlDirectory:
 
     async def write(self, handle: int, offset: int, body: bytes) -> int:
         """Take a piece of a text. Raises TextRefused."""
+        if not handle & _TEXT_BIT:
+            raise TextRefused("this control file is for reading")
         await self._mover.ask(WriteText(handle, _name_of(handle), offset, body))
         return len(body)
 
     async def finish(self, handle: int, *, is_closed: bool) -> None:
         """Have taken over what was written. Raises TextRefused."""
-        await self._mover.ask(FinishText(handle, is_closed))
+        if handle & _TEXT_BIT:
+            await self._mover.ask(FinishText(handle, is_closed))
 
 
 def _name_of(handle: int) -> bytes:

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.mounting import MIB, Folder, LiveMount, Mounting, content, kill_each, sluice, until
-from tools.mounted import sluice_command
+from tests.mounting import Folder, LiveMount, Mounting, content, kill_each, sluice, until
 
 FILES = 60
 NAMES = ["config", "order", "stats", "version", "warm"]
@@ -215,6 +214,13 @@ def test_what_is_of_no_use_is_told_once_with_counts(mount: LiveMount) -> None:
     assert "(line 7)" in line and "1 are not in the mount" in line
 
 
+def test_what_is_for_reading_takes_nothing(mounting: Mounting, folder: Folder) -> None:
+    mount = mounting.mount(folder.url, "--no-read-only")
+    for name in ("stats", "config", "version"):
+        fails_with(errno.EINVAL, lambda name=name: control(mount, name).write_text("x"))
+    assert control(mount, "order").read_bytes() == b""
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -388,7 +394,3 @@ def test_hits_ask_nothing_more(read_only: LiveMount) -> None:
     for _ in range(50):
         path.read_bytes()
     assert read_only.reads()["requests"]["requests"] == before
-
-
-def test_the_command_is_there_for_these_tests() -> None:
-    assert Path(sluice_command()).exists() and MIB
