@@ -57,6 +57,13 @@ class Followed:
     surveyed_at_s: float = 0.0
     has_no_room: bool = False
     waits_for_use: bool = False  # A fetch failed: none is tried before somebody reads of the set again.
+    # Of this epoch: uses that were seen, how many of them waited for bytes, and how long in all.
+    uses: int = 0
+    misses: int = 0
+    waited_s: float = 0.0
+
+    def epoch_began(self) -> None:
+        self.uses, self.misses, self.waited_s = 0, 0, 0.0
 
 
 class SetReadAhead:
@@ -106,6 +113,14 @@ class SetReadAhead:
             log.exception("sample sets are no longer watched, nothing is read ahead of epochs")
             self._is_broken = True
 
+    def waited(self, inode: Inode, seconds: float) -> None:
+        """Note for how long a reader of the file waited for its bytes."""
+        for followed in self._sets:
+            if followed.samples.members.place(inode) is not None:
+                followed.misses += 1
+                followed.waited_s += seconds
+                return
+
     def _used(self, inode: Inode, now_s: float) -> None:
         for number, followed in enumerate(self._sets):
             place = followed.samples.members.place(inode)
@@ -113,7 +128,9 @@ class SetReadAhead:
                 if number:
                     self._sets.insert(0, self._sets.pop(number))
                 if followed.samples.used(place, now_s):
+                    followed.epoch_began()
                     self._epoch_began(followed)
+                followed.uses += 1
                 followed.is_released = followed.waits_for_use = False
                 self._wake.set()
                 return
@@ -420,6 +437,9 @@ class SetReadAhead:
             "fetched_ahead_bytes": account.fetched_bytes,
             "used_ahead_bytes": account.used_bytes,
             "wasted_bytes": account.wasted_bytes,
+            "uses": followed.uses,
+            "hit_rate": round(max(0.0, 1 - followed.misses / followed.uses), 4) if followed.uses else None,
+            "waited_s": round(followed.waited_s, 3),
             "idle_s": round(max(0.0, self._clock() - samples.last_used_s), 1),
         }
 

@@ -34,6 +34,13 @@ log = logging.getLogger(__name__)
 FlightKey = tuple[bytes, GroupIndex]
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What `sluice warm` and `pin` fetch: it may push out what demand may. *on_disk*: not to memory."""
+
+    on_disk: bool = False
+
+
 @dataclass(eq=False)
 class Flight:
     """The one fetch of some blocks of a group. *error* is set before *landed*."""
@@ -41,6 +48,7 @@ class Flight:
     mask: int
     landed: trio.Event = field(default_factory=trio.Event)
     error: SluiceError | None = None
+    wanted: Wanted | None = None  # Somebody asked for it to be here, and nobody waits.
     demanded: trio.Event = field(default_factory=trio.Event)  # A reader waits for it.
 
 
@@ -92,6 +100,13 @@ class Fetcher:
         assert version.size_bytes <= SMALL_OBJECT_BYTES_MAX, version
         await self._await_all(self._join(version, range(block_count(version.size_bytes)), demand=False))
 
+    async def fetch_wanted(self, version: ObjectVersion, blocks: range, wanted: Wanted) -> None:
+        """Make *blocks* resident, which somebody asked for and nobody waits for. Raises as `fetch` does.
+
+        The caller bounds how many are under way.
+        """
+        await self._await_all(self._join(version, blocks, demand=False, wanted=wanted))
+
     def read_seen(self, version: ObjectVersion, offset: int, length: int, *, stalled: bool) -> None:
         """Tell the read-ahead of a read, and start what it asks for."""
         if self._readahead is None:
@@ -116,7 +131,9 @@ class Fetcher:
             if flight.error is not None:
                 raise flight.error
 
-    def _join(self, version: ObjectVersion, blocks: range, *, demand: bool) -> list[Flight]:
+    def _join(
+        self, version: ObjectVersion, blocks: range, *, demand: bool, wanted: Wanted | None = None
+    ) -> list[Flight]:
         """Return the flights that bring the missing ones of *blocks*, starting those not under way.
 
         No await in here: two readers must not both start one.
@@ -144,11 +161,10 @@ class Fetcher:
             while missing:
                 run = _lowest_run(missing)
                 missing &= ~run
-                joined.append(self._start(version, key, run, demand))
+                joined.append(self._start(version, key, Flight(run, wanted=wanted), demand))
         return joined
 
-    def _start(self, version: ObjectVersion, key: FlightKey, mask: int, demand: bool) -> Flight:
-        flight = Flight(mask)
+    def _start(self, version: ObjectVersion, key: FlightKey, flight: Flight, demand: bool) -> Flight:
         if demand:
             flight.demanded.set()
         self._flights.setdefault(key, []).append(flight)
@@ -205,23 +221,35 @@ class Fetcher:
     async def _fill_as_demanded(self, version: ObjectVersion, group: GroupIndex, flight: Flight) -> None:
         demand = flight.demanded.is_set()
         try:
-            await self._fill(version, group, flight.mask, demand=demand)
+            await self._fill(version, group, flight.mask, demand=demand, wanted=flight.wanted)
         except CacheFull:
             if demand or not flight.demanded.is_set():
                 raise  # Else a reader has come to wait for it, and may push out more.
             await self._fill(version, group, flight.mask, demand=True)
 
-    async def _fill(self, version: ObjectVersion, group: GroupIndex, mask: int, *, demand: bool) -> None:
+    async def _fill(
+        self,
+        version: ObjectVersion,
+        group: GroupIndex,
+        mask: int,
+        *,
+        demand: bool,
+        wanted: Wanted | None = None,
+    ) -> None:
         first = (mask & -mask).bit_length() - 1 + group * GROUP_BLOCKS
         blocks = range(first, mask.bit_length() + group * GROUP_BLOCKS)
         offset = blocks.start * BLOCK_BYTES
         length = min(blocks.stop * BLOCK_BYTES, version.size_bytes) - offset
         get = partial(self._lake.get, version, offset, length)
         fill: Callable[[], Awaitable[None]]
+        on_disk = wanted is not None and wanted.on_disk
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
-            fill = partial(self._residency.fill_whole, version, get, demand=demand)
+            is_wanted = wanted is not None
+            fill = partial(
+                self._residency.fill_whole, version, get, demand=demand, wanted=is_wanted, on_disk=on_disk
+            )
         else:
-            fill = partial(self._residency.fill_blocks, version, blocks, get, demand=demand)
+            fill = partial(self._residency.fill_blocks, version, blocks, get, demand=demand, on_disk=on_disk)
         await self._lake.retrying("get", version.key, fill)
 
 

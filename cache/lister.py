@@ -18,7 +18,7 @@ from cache.index import Index, IndexWriter
 from cache.lake.base import ListPage
 from cache.lake_io import LakeIO
 from cache.listing import Changed, ListingInProgress, node_of, put_directory, put_file
-from cache.model import ROOT_INODE, SYMLINK_SUFFIX, Inode, ObjectInfo
+from cache.model import CONTROL_NAME, ROOT_INODE, SYMLINK_SUFFIX, Inode, ObjectInfo
 from cache.overlay import Overlay, is_kept, prefix_of
 from cache.pending import KeyWatch, PendingTable
 from cache.policy.freshness import Freshness
@@ -128,8 +128,11 @@ class Lister:
     async def lookup(self, parent: Inode, name: bytes) -> bool:
         """Make the index say what *name* is now; return whether there is such an entry.
 
-        While the lake is away, what it said last counts. Raises LakeError.
+        The control directory is none: the lake's entry of that name is hidden. While the lake is away,
+        what it said last counts. Raises LakeError.
         """
+        if parent == ROOT_INODE and name == CONTROL_NAME:
+            return False
         known = self._index.child(parent, name)
         if known is not None and self._is_local(*known):
             return True

@@ -29,6 +29,7 @@ FETCH_BLOCKS = 8
 SMALL_OBJECT_BYTES_MAX = GROUP_BYTES
 
 ROOT_INODE = Inode(1)
+CONTROL_NAME = b".sluice"  # In the root: see fusefs/control.py. The lake's own of this name is hidden.
 NAME_BYTES_MAX = 255
 
 KIND_DIRECTORY = stat.S_IFDIR

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import trio
 
+import sluicefs
 from cache import messages
 from cache.ahead import SetReadAhead
 from cache.committer import Committer
 from cache.config import MountConfig
+from cache.control_files import TEXT_BYTES_MAX, WRITABLE, ControlFiles
 from cache.counters import Counters
 from cache.dispatching import UploadConfig
 from cache.engine import Engine
@@ -25,6 +27,7 @@ from cache.errors import CacheError, LakeError, MountReadOnly, ObjectChanged, Ob
 from cache.fetcher import Fetcher
 from cache.index import Index, remove_index
 from cache.journaling import JournalKeeper
+from cache.keeping import Keeper
 from cache.lake.open import open_lake
 from cache.lake_io import LakeIO
 from cache.lister import Lister
@@ -33,6 +36,8 @@ from cache.messages import Answer
 from cache.model import MIB, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
+from cache.pins import Pins
+from cache.pipes import PIPES_NAME, Pipes
 from cache.places import Tier
 from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
@@ -47,6 +52,8 @@ from cache.store import read_store_id
 from cache.survey import Survey
 from cache.tier import TierBudget, TierFiles
 from cache.uploader import Uploader
+from cache.walking import Walker
+from cache.warming import Warmer
 from cache.write_path import (
     Ledger,
     Shared,
@@ -103,6 +110,11 @@ class Mover:
     ahead: SetReadAhead | None  # None: --read-ahead says so.
     started_at_s: float
     table: PendingTable
+    walker: Walker
+    warmer: Warmer
+    keeper: Keeper
+    control_files: ControlFiles
+    pipes: Pipes
     write_path: WritePath | None = None  # Neither on a read-only mount.
     uploader: Uploader | None = None
     recorders: list[Recorder] = field(default_factory=list)  # Of every request, while `sluice trace` runs.
@@ -134,10 +146,13 @@ class Mover:
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length):
-                self._note_use(inode, time.time())
+                began_s = time.time()
+                self._note_use(inode, began_s)
                 await self._of_version(
                     Inode(inode), lambda version: self.fetcher.fetch(version, offset, length)
                 )
+                if self.ahead is not None:
+                    self.ahead.waited(Inode(inode), time.time() - began_s)
             case messages.ReadThrough(inode, offset, length):
                 body = await self._of_version(
                     Inode(inode), lambda version: self.fetcher.read_through(version, offset, length)
@@ -153,8 +168,31 @@ class Mover:
                 self.fetcher.read_seen(self._version(Inode(inode)), offset, length, stalled=False)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
+            case (
+                messages.TakeSnapshot()
+                | messages.ReadSnapshot()
+                | messages.WriteText()
+                | messages.FinishText()
+                | messages.PipeLookedUp()
+            ):
+                return await self._control(request)
             case _:
                 return await self._write(request, id)
+        return Answer(0)
+
+    async def _control(self, request: messages.ControlRequest) -> Answer:
+        files = self.control_files
+        match request:
+            case messages.TakeSnapshot(name):
+                return Answer(0, value=files.snapshot(name))
+            case messages.ReadSnapshot(number, offset, length):
+                return Answer(0, body=files.read(number, offset, length))
+            case messages.WriteText(handle, name, offset, body):
+                await files.write(handle, name, offset, body)
+            case messages.FinishText(handle, is_closed):
+                await files.finish(handle, is_closed=is_closed)
+            case messages.PipeLookedUp(name):
+                await self.pipes.looked_up(name)
         return Answer(0)
 
     def _note_use(self, inode: int, now_s: float) -> None:
@@ -180,7 +218,11 @@ class Mover:
             case messages.AwaitRoom():
                 await changes.await_room()
             case _:
-                return await changes.apply(request, id)
+                answer = await changes.apply(request, id)
+                if isinstance(request, messages.Rename):
+                    self.keeper.renamed(request.new_parent, request.new_name)
+                self.keeper.names_changed()
+                return answer
         return Answer(0)
 
     async def _of_version(self, inode: Inode, ask: Callable[[ObjectVersion], Awaitable[T]]) -> T:
@@ -270,6 +312,9 @@ async def run_mover(
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
     residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine, shared.opens)
+    pins = Pins(config.index_directory, index)
+    for tier in residency.tiers:
+        tier.is_pinned = pins.is_pinned
     ledger = None
     try:
         if config.read_only:
@@ -304,6 +349,9 @@ async def run_mover(
                     make_upcoming=orders.make_upcoming,
                 )
                 nursery.start_soon(ahead.run)
+            walker = Walker(index, lister)
+            warmer = Warmer(lake_io, index, residency, fetcher, config.fetch_threads)
+            files = ControlFiles(nursery, config, orders, walker, warmer, sluicefs.__version__)
             mover = Mover(
                 config,
                 index,
@@ -317,13 +365,22 @@ async def run_mover(
                 ahead,
                 time.time(),
                 table,
+                walker,
+                warmer,
+                Keeper(index, residency, walker, pins),
+                files,
+                Pipes(nursery, config.mountpoint / os.fsdecode(PIPES_NAME), files.take, TEXT_BYTES_MAX),
             )
             await restore(residency, index, committer, disk_engine)
             if ledger is not None:
                 mover.write_path = _start_writing(mover, nursery, ledger, disk_engine, shared)
             nursery.start_soon(residency.adopt_all)
+            nursery.start_soon(mover.keeper.run)
             nursery.start_soon(residency.keep_dram_room)
             nursery.start_soon(mover.save_usage_regularly)
+            if not first and config.read_only:  # Who waits to write to a mover that died finds a reader.
+                for name in WRITABLE:
+                    nursery.start_soon(mover.pipes.looked_up, name)
             await serve(mover, changed_receive)
             if mover.write_path is not None:
                 await mover.write_path.settle()

@@ -173,10 +173,10 @@ class Residency:
         row = self._index.version(vid)
         return row is not None and row.whole
 
-    def _place(self, size_bytes: int) -> int:
+    def _place(self, size_bytes: int, *, on_disk: bool = False) -> int:
         """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
         first = self.tiers[0]
-        if first.files.is_memory and size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX:
+        if first.files.is_memory and not on_disk and size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX:
             return 0
         return self._emptiest_disk(size_bytes)
 
@@ -234,16 +234,27 @@ class Residency:
             kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
         return spare_bytes >= charged_bytes + kept_bytes
 
-    async def fill_whole(self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool) -> None:
-        """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError."""
+    async def fill_whole(
+        self,
+        version: ObjectVersion,
+        get: Callable[[], Body],
+        *,
+        demand: bool,
+        wanted: bool = False,
+        on_disk: bool = False,
+    ) -> None:
+        """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError.
+
+        *wanted*: somebody asked for it to be here, though nobody waits; *on_disk*: and not in memory.
+        """
         vid = version.id
         if await self._settled(vid):
             return
         with self.busy(vid):
-            place = self._place(version.size_bytes)
+            place = self._place(version.size_bytes, on_disk=on_disk)
             files = self.tiers[place].files
             charged = files.whole_bytes(version.size_bytes)
-            await self.reserve(place, charged, demand=demand)
+            await self.reserve(place, charged, demand=demand or wanted)
             try:
                 with self.tiers[place].landing(charged):
                     checksums = await self._lake_engine.run(
@@ -255,12 +266,18 @@ class Residency:
                     await self._disk_engine.run(lambda: _remove(files, vid))
                 self.tiers[place].budget.give_back(charged)
                 raise
-            self.tiers[place].policy.added(ItemId(vid), charged, used=demand)
-            if not demand:
+            self.tiers[place].added(ItemId(vid), charged, used=demand)
+            if not (demand or wanted):
                 self.tiers[place].policy.expect(ItemId(vid))
 
     async def fill_blocks(
-        self, version: ObjectVersion, blocks: range, get: Callable[[], Body], *, demand: bool
+        self,
+        version: ObjectVersion,
+        blocks: range,
+        get: Callable[[], Body],
+        *,
+        demand: bool,
+        on_disk: bool = False,
     ) -> None:
         """Get missing *blocks*, all in one group of a large object, and store them."""
         assert blocks.start // GROUP_BLOCKS == (blocks.stop - 1) // GROUP_BLOCKS, blocks
@@ -270,7 +287,8 @@ class Residency:
         with self.busy(vid):
             state = self._sparse.get(vid)
             if state is None:
-                state = self._sparse[vid] = Sparse(version, self._place(version.size_bytes))
+                place = self._place(version.size_bytes, on_disk=on_disk)
+                state = self._sparse[vid] = Sparse(version, place)
             try:
                 await self._fill_group(state, vid, blocks, get, demand)
             except BaseException:
@@ -303,7 +321,7 @@ class Residency:
         assert len(checksums) == len(blocks)
         state.blocks_present += len(blocks)
         item = ItemId(group_key(vid, group))
-        tier.policy.added(item, (tier.policy.size_of(item) or 0) + charged, used=demand)
+        tier.added(item, (tier.policy.size_of(item) or 0) + charged, used=demand)
 
     async def _make_whole(self, vid: VersionId, state: Sparse) -> None:
         if self._sparse.pop(vid, None) is None:
@@ -330,7 +348,7 @@ class Residency:
             item = ItemId(group_key(vid, group))
             charged += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
-        tier.policy.added(ItemId(vid), charged, used=True)
+        tier.added(ItemId(vid), charged, used=True)
 
     # Taking over what was uploaded
 
@@ -362,7 +380,7 @@ class Residency:
                     await self._take_back(place, vid, charged, landed=landing.landed)
             if landing.landed and adopted:
                 # Nobody asked for it yet; and so the newest of what was written leaves last.
-                self.tiers[place].policy.added(ItemId(vid), charged, used=False)
+                self.tiers[place].added(ItemId(vid), charged, used=False)
             return adopted
 
     async def _take_back(self, place: int, vid: VersionId, charged: int, *, landed: bool) -> None:
@@ -413,7 +431,7 @@ class Residency:
                 await self._disk_engine.run(lambda: _remove(tier.files, vid))
                 tier.budget.give_back(charged)
                 return False
-            tier.policy.added(ItemId(vid), charged, used=False)
+            tier.added(ItemId(vid), charged, used=False)
             return True
 
     async def adopt_all(self) -> int:
@@ -453,6 +471,12 @@ class Residency:
         usage, self._usage = self._usage, {}
         if usage:
             self._committer.commit_nowait(lambda w: put_usage(w, usage))
+
+    def has_to_stay(self, vid: bytes) -> str | None:
+        """Return why the version stays where it is for now; None if it may be moved and evicted."""
+        if vid in self._busy:
+            return "being written or moved"
+        return "open in passthrough" if vid in self._staying else None
 
     def place_of(self, vid: bytes) -> int | None:
         row = self._index.version(vid)
@@ -540,15 +564,33 @@ class Residency:
     async def _demote_each(self, place: int, vids: list[bytes], freed_bytes: list[int]) -> None:
         for vid in vids:
             try:
-                freed_bytes.append(await self._demote_version(place, VersionId(vid)))
+                freed_bytes.append(await self._move_version(place, VersionId(vid)))
             except CacheError as error:
+                if self.tiers[place].is_pinned(vid):
+                    log.warning("can't move %s to NVMe, it is pinned and stays: %s", vid.hex(), error)
+                    continue
                 log.warning("can't move %s to NVMe, it leaves the cache: %s", vid.hex(), error)
                 try:
                     freed_bytes.append(await self.drop_version(vid))
                 except CacheError as failure:
                     log.warning("%s can't leave the cache: %s", vid.hex(), failure)
 
-    async def _demote_version(self, place: int, vid: VersionId) -> int:
+    async def move(self, vid: VersionId, *, to_memory: bool) -> int:
+        """Move all of a version to DRAM, or to a disk; return the bytes that moved, 0 if it has to stay.
+
+        Raises CacheFull and CacheError.
+        """
+        row = self._index.version(vid)
+        if row is None or vid in self._staying or self.tiers[row.tier].files.is_memory == to_memory:
+            return 0
+        target = 0 if to_memory else self._emptiest_disk(row.size_bytes)
+        return await self._move_version(row.tier, vid, target)
+
+    async def _move_version(self, place: int, vid: VersionId, target_place: int | None = None) -> int:
+        """Move a version to *target_place*, the emptiest disk by default; return the bytes that came free.
+
+        What would push out there what is still needed leaves instead, unless it was asked for.
+        """
         source, row = self.tiers[place], self._index.version(vid)
         if row is None or row.tier != place or vid in self._busy:
             return 0
@@ -556,11 +598,12 @@ class Residency:
             groups = self._index.groups_of(vid)
             sizes = {item: source.policy.size_of(item) or 0 for item in _items(vid, row, groups)}
             charged = sum(sizes.values())
-            target_place = self._emptiest_disk(charged)
+            may_leave = target_place is None and not source.is_pinned(vid)
+            target_place = self._emptiest_disk(charged) if target_place is None else target_place
             target = self.tiers[target_place]
-            label_bytes = target.files.label_bytes if row.whole else 0
+            label_bytes = (target.files.label_bytes - source.files.label_bytes) if row.whole else 0
             is_expected = any(map(source.policy.is_expected, sizes))
-            if not is_expected and target.is_all_expected(charged + label_bytes):
+            if may_leave and not is_expected and target.is_all_expected(charged + label_bytes):
                 return await self._evict_held(source, list(sizes))
             await self.reserve(target_place, charged + label_bytes)
             try:
@@ -577,8 +620,9 @@ class Residency:
                 self._sparse[vid].tier = target_place
             await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
+                used = not is_expected and not source.policy.is_wanted(item)
                 source.policy.removed(item)
-                target.policy.added(item, size_bytes + label_bytes, used=not is_expected)
+                target.added(item, size_bytes + label_bytes, used=used)
                 if is_expected:
                     target.policy.expect(item)
             source.budget.give_back(charged)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +67,7 @@ def test_the_options_in_the_text_exist() -> None:
     of_commands = {"--config", "--json", "--recursive", "--lazy", "--keep"}
     of_commands |= {"--seconds", "--plot", "--size", "--latency", "--bandwidth", "--generate"}
     of_commands |= {string for action in bench_parser()._actions for string in action.option_strings}
+    of_commands |= {"--from-list", "--tier", "--no-fetch", "--list"}
     elsewhere = of_commands | {"--data", "--save-to"}  # Of a training script.
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | elsewhere
 
@@ -79,21 +78,6 @@ def test_the_samplers_that_are_named_are_those_that_can_be_told() -> None:
     section = README.partition("## The order of samples")[2].partition("\n## ")[0]
     named = {name for name in FAMILIES if not name.startswith("webdataset")}
     assert all(f"`{name}`" in section or f"sampler={name} " in section for name in named)
-
-
-def test_the_recipe_of_a_sampler_that_tells_its_order_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without torch: the base class is only a name there."""
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    commands: list[list[str]] = []
-    torch = SimpleNamespace(utils=SimpleNamespace(data=SimpleNamespace(Sampler=object)))
-    names = {"pathlib": pathlib, "torch": torch, "subprocess": SimpleNamespace(run=commands.append)}
-    exec(compile(source, "README.md", "exec"), names)
-    told = names["Told"]([2, 0, 1], ["a", "b", "c"], str(tmp_path / "order"))  # type: ignore[operator]
-    assert list(told) == [2, 0, 1]
-    assert commands == [["sluice", "hint", str(tmp_path / "order")]]
-    assert (tmp_path / "order").read_text() == "c\na\nb"
 
 
 def test_the_notes_on_the_benchmarks_name_every_peer() -> None:

@@ -284,3 +284,49 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
     order = policy.order(1000)
     assert len(order) == len(set(order)) and set(order) == set(model)
     assert {one: policy.size_of(one) for one in order} == model
+
+
+# Pins and wants
+
+
+def test_what_is_pinned_is_no_victim_until_it_is_unpinned(policy: EvictionPolicy) -> None:
+    filled(policy, 10)
+    for number in (0, 5):
+        policy.pin(item(number))
+    assert not {0, 5} & set(numbers(policy.victims(100, ())))
+    assert not {0, 5} & set(numbers(policy.order(100)))
+    assert (len(policy), policy.pinned_bytes, policy.why(item(5))) == (10, 2, "pinned")
+    for change in (policy.touched, policy.want, policy.expect, policy.release):
+        change(item(5))
+    policy.added(item(5), 3, used=True)
+    assert policy.pinned_bytes == 4 and sorted(numbers(policy.pinned())) == [0, 5]
+    policy.unpin(item(5))
+    policy.removed(item(0))
+    assert (policy.pinned(), policy.pinned_bytes) == ([], 0)
+    assert 5 in numbers(policy.victims(100, ()))
+
+
+def test_pins_of_unknown_items_are_ignored(policy: EvictionPolicy) -> None:
+    policy.pin(item(1))
+    policy.unpin(item(2))
+    policy.want(item(3))
+    assert len(policy) == 0 and policy.why(item(1)) is None
+
+
+def test_what_was_asked_for_leaves_after_what_was_not(policy: EvictionPolicy) -> None:
+    filled(policy, 40)
+    policy.want(item(0))
+    order = numbers(policy.order(40))
+    assert order.index(0) > 30
+
+
+def test_a_policy_says_why() -> None:
+    policy = EpochPolicy()
+    filled(policy, 40)
+    policy.added(item(50), 1, used=False)
+    policy.expect(item(7))
+    reasons = {policy.why(item(number)) for number in range(40)}
+    assert reasons == {"used in this epoch", "used a moment ago", "expected by the running epoch"}
+    assert policy.why(item(50)) == "not yet used in this epoch" and policy.is_wanted(item(50))
+    policy.epoch_began()
+    assert policy.why(item(50)) == "not used in the last epoch"

@@ -448,10 +448,10 @@ def test_ls_lists_what_the_cache_has(fake: FakeMount, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     lines = [line.removeprefix(f"{fake.mountpoint}/").split() for line in out.splitlines()]
     assert lines[1:] == [
-        ["a/b", "2.0", "KiB", "nvme0", "50%", "3", "2", "h", "ago", "#2"],
+        ["a/b", "2.0", "KiB", "nvme0", "50%", "3", "2", "h", "ago", "-", "#2"],
         ["d", "directory"],
-        ["n\\x1b[0m", "2.0", "KiB", "-", "0%", "3", "-", "-"],
-        ["[red]", "0", "B", "nvme0", "100%", "3", "2", "h", "ago", "#2"],
+        ["n\\x1b[0m", "2.0", "KiB", "-", "0%", "3", "-", "-", "-"],
+        ["[red]", "0", "B", "nvme0", "100%", "3", "2", "h", "ago", "-", "#2"],
     ]
     assert err == (
         f"sluice: {fake.mountpoint}/x: no such file\nsluice: only the first 9 are shown; see --limit\n"

@@ -13,6 +13,8 @@ from typing import NewType, Protocol
 
 ItemId = NewType("ItemId", bytes)
 
+PINNED = "pinned"
+
 
 class EvictionPolicy(Protocol):
     name: str
@@ -34,6 +36,27 @@ class EvictionPolicy(Protocol):
 
     def is_expected(self, item: ItemId) -> bool: ...
 
+    def want(self, item: ItemId) -> None:
+        """Somebody asked to have *item* here: it leaves after what nobody asked for. No use."""
+
+    def is_wanted(self, item: ItemId) -> bool:
+        """Return whether *item* is here to be used: brought unasked, or not yet used in this epoch."""
+
+    def pin(self, item: ItemId) -> None:
+        """*item* never leaves, until `unpin`. Unknown items are ignored."""
+
+    def unpin(self, item: ItemId) -> None:
+        """Take `pin` back. Items that are not pinned are ignored."""
+
+    def pinned(self) -> list[ItemId]:
+        """Return all pinned items."""
+
+    @property
+    def pinned_bytes(self) -> int: ...
+
+    def why(self, item: ItemId) -> str | None:
+        """Return what decides when *item* leaves, for people; None when it is not in the tier."""
+
     @property
     def expected_bytes(self) -> int: ...
 
@@ -52,7 +75,7 @@ class EvictionPolicy(Protocol):
         """Return the item's size in bytes, None when it is not in the tier."""
 
     def order(self, limit: int) -> list[ItemId]:
-        """Return the first *limit* items in the order in which they would leave."""
+        """Return the first *limit* items in the order in which they would leave, without the pinned."""
 
     def __len__(self) -> int: ...
 
@@ -67,55 +90,6 @@ def _take(items: Iterator[tuple[ItemId, int]], need_bytes: int, busy: Collection
         chosen.append(item)
         need_bytes -= size_bytes
     return chosen
-
-
-class LruPolicy:
-    """The least recently used item leaves first."""
-
-    name = "lru"
-
-    def __init__(self) -> None:
-        self._items: OrderedDict[ItemId, int] = OrderedDict()
-
-    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
-        self._items[item] = size_bytes
-        self._items.move_to_end(item)
-
-    def touched(self, item: ItemId) -> None:
-        if item in self._items:
-            self._items.move_to_end(item)
-
-    def removed(self, item: ItemId) -> None:
-        self._items.pop(item, None)
-
-    def expect(self, item: ItemId) -> None:
-        pass  # It knows of no future.
-
-    def release(self, item: ItemId) -> None:
-        pass
-
-    def is_expected(self, item: ItemId) -> bool:
-        return False
-
-    @property
-    def expected_bytes(self) -> int:
-        return 0
-
-    @property
-    def spare_bytes(self) -> int:
-        return 0  # What was used last would go for what may never be used.
-
-    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
-        return _take(iter(self._items.items()), need_bytes, busy)
-
-    def size_of(self, item: ItemId) -> int | None:
-        return self._items.get(item)
-
-    def order(self, limit: int) -> list[ItemId]:
-        return list(islice(self._items, limit))
-
-    def __len__(self) -> int:
-        return len(self._items)
 
 
 class _Queue(OrderedDict[ItemId, int]):
@@ -138,6 +112,84 @@ class _Queue(OrderedDict[ItemId, int]):
         self.size_bytes += other.size_bytes
 
 
+class LruPolicy:
+    """The least recently used item leaves first."""
+
+    name = "lru"
+
+    def __init__(self) -> None:
+        self._items = _Queue()
+        self._pinned = _Queue()
+
+    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
+        queue = self._pinned if item in self._pinned else self._items
+        queue.take(item)
+        queue.put(item, size_bytes)
+
+    def touched(self, item: ItemId) -> None:
+        if item in self._items:
+            self._items.move_to_end(item)
+
+    def removed(self, item: ItemId) -> None:
+        self._items.take(item)
+        self._pinned.take(item)
+
+    def expect(self, item: ItemId) -> None:
+        pass  # It knows of no future.
+
+    def release(self, item: ItemId) -> None:
+        pass
+
+    def is_expected(self, item: ItemId) -> bool:
+        return False
+
+    def want(self, item: ItemId) -> None:
+        self.touched(item)  # It knows of uses only.
+
+    def is_wanted(self, item: ItemId) -> bool:
+        return False
+
+    def pin(self, item: ItemId) -> None:
+        if (size_bytes := self._items.take(item)) is not None:
+            self._pinned.put(item, size_bytes)
+
+    def unpin(self, item: ItemId) -> None:
+        if (size_bytes := self._pinned.take(item)) is not None:
+            self._items.put(item, size_bytes)
+
+    def pinned(self) -> list[ItemId]:
+        return list(self._pinned)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pinned.size_bytes
+
+    def why(self, item: ItemId) -> str | None:
+        if item in self._pinned:
+            return PINNED
+        return "least recently used first" if item in self._items else None
+
+    @property
+    def expected_bytes(self) -> int:
+        return 0
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0  # What was used last would go for what may never be used.
+
+    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
+        return _take(iter(self._items.items()), need_bytes, busy)
+
+    def size_of(self, item: ItemId) -> int | None:
+        return self._items.get(item, self._pinned.get(item))
+
+    def order(self, limit: int) -> list[ItemId]:
+        return list(islice(self._items, limit))
+
+    def __len__(self) -> int:
+        return len(self._items) + len(self._pinned)
+
+
 class EpochPolicy:
     """For shuffled epochs: a set that stays is worth more than what came last.
 
@@ -149,7 +201,7 @@ class EpochPolicy:
       needed  used in the last epoch or brought unasked, not yet used in this one
       recent  used a moment ago: somebody may still be reading it
       expected  told from outside: a recognised epoch has not used it yet
-    The newest few of `recent` leave after `expected`.
+    The newest few of `recent` leave after `expected`. What is pinned never leaves.
     With random orders and a fraction C of a set cached, an epoch then fetches (1 - C) of it.
     Least recently used first would fetch nearly all of it (0.98 at C = 0.2, 0.85 at 0.5).
 
@@ -172,18 +224,24 @@ class EpochPolicy:
         self._needed = _Queue()
         self._expected = _Queue()
         self._recent = _Queue()
+        self._pinned = _Queue()
         self._recent_again: set[ItemId] = set()  # Those of `recent` that go on to `again`.
         self._gone_unused = 0  # Items that left since one was used.
         self.epochs = 0
 
     def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
+        is_pinned = item in self._pinned
         self._take_out(item)
-        if used:
+        if is_pinned:
+            self._pinned.put(item, size_bytes)
+        elif used:
             self._use(item, size_bytes, again=False)
         else:
             self._needed.put(item, size_bytes)
 
     def touched(self, item: ItemId) -> None:
+        if item in self._pinned:
+            return
         if item in self._recent:
             self._recent.move_to_end(item)
         elif (size_bytes := self.size_of(item)) is not None:
@@ -211,8 +269,11 @@ class EpochPolicy:
                 self.epoch_began()
 
     def expect(self, item: ItemId) -> None:
-        if (size_bytes := self._take_out(item)) is not None:
-            self._expected.put(item, size_bytes)
+        self._put_into(self._expected, item)
+
+    def _put_into(self, queue: _Queue, item: ItemId) -> None:
+        if item not in self._pinned and (size_bytes := self._take_out(item)) is not None:
+            queue.put(item, size_bytes)
 
     def release(self, item: ItemId) -> None:
         if (size_bytes := self._expected.take(item)) is not None:
@@ -220,6 +281,39 @@ class EpochPolicy:
 
     def is_expected(self, item: ItemId) -> bool:
         return item in self._expected
+
+    def want(self, item: ItemId) -> None:
+        if item not in self._expected:
+            self._put_into(self._needed, item)
+
+    def is_wanted(self, item: ItemId) -> bool:
+        return item in self._needed
+
+    def pin(self, item: ItemId) -> None:
+        self._put_into(self._pinned, item)
+
+    def unpin(self, item: ItemId) -> None:
+        if (size_bytes := self._pinned.take(item)) is not None:
+            self._needed.put(item, size_bytes)
+
+    def pinned(self) -> list[ItemId]:
+        return list(self._pinned)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pinned.size_bytes
+
+    def why(self, item: ItemId) -> str | None:
+        reasons = (
+            (self._pinned, PINNED),
+            (self._idle, "not used in the last epoch"),
+            (self._used, "used in this epoch"),
+            (self._again, "used again in this epoch"),
+            (self._needed, "not yet used in this epoch"),
+            (self._recent, "used a moment ago"),
+            (self._expected, "expected by the running epoch"),
+        )
+        return next((reason for queue, reason in reasons if item in queue), None)
 
     @property
     def expected_bytes(self) -> int:
@@ -245,7 +339,15 @@ class EpochPolicy:
         return sum(map(len, self._queues()))
 
     def _queues(self) -> tuple[_Queue, ...]:
-        return self._used, self._needed, self._recent, self._expected, self._again, self._idle
+        return (
+            self._used,
+            self._needed,
+            self._recent,
+            self._expected,
+            self._again,
+            self._idle,
+            self._pinned,
+        )
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
         older = max(0, len(self._recent) - self._IN_HANDS)
