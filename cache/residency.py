@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -76,25 +76,6 @@ class _Landing:
         return lambda w: put_whole(w, self.version, self.place, self.checksums)
 
 
-class Staying(Collection[bytes]):
-    """The versions that stay where they are: the busy ones, and those that the kernel reads itself."""
-
-    def __init__(self, busy: Collection[bytes], opens: OpenTable | None) -> None:
-        self._busy = busy
-        self._opens = opens
-
-    def __contains__(self, vid: object) -> bool:
-        if vid in self._busy:
-            return True
-        return self._opens is not None and isinstance(vid, bytes) and self._opens.is_passed_through(vid)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._busy)
-
-    def __len__(self) -> int:
-        return len(self._busy)
-
-
 class Residency:
     """All tiers together. For the mover's trio thread.
 
@@ -117,11 +98,14 @@ class Residency:
         self._lake_engine = lake_engine
         self._disk_engine = disk_engine
         self._busy: Counter[bytes] = Counter()  # Versions that are being written, moved or evicted.
-        # No victim in here: it would be gone, and take space that is not charged.
-        self._staying = Staying(self._busy, opens)
+        self._opens = opens
         # Invariant: a version in here is busy once, by whoever set it: fills of it wait. A block that
         # landed while its version moves or leaves would be indexed and then unlinked or punched.
         self._moving: dict[bytes, trio.Event] = {}
+        # The same for groups (20 bytes): those being filled, by how many, and those that leave alone
+        # while others of their version are filled. Invariant: the version of either is busy, and none is both.
+        self._filling: Counter[bytes] = Counter()
+        self._leaving: dict[bytes, trio.Event] = {}
         self._sparse: dict[bytes, Sparse] = {}
         self._unverified: dict[bytes, tuple[int, int]] = {}  # Whole files without a row: tier, charge.
         self._usage: dict[bytes, Usage] = {}  # Since the last `save_usage`.
@@ -160,14 +144,16 @@ class Residency:
                 del self._busy[vid], self._moving[vid]
             done.set()
 
-    async def _settled(self, vid: VersionId) -> bool:
-        """Wait until nobody moves the version; return whether it is whole by then.
+    async def _settled(self, vid: VersionId, item: bytes = b"") -> bool:
+        """Wait until nobody moves the version or its group *item*; return whether it is whole by then.
 
         A file found without a row is verified first. Call `busy` at once after it, without an await.
         """
-        while vid in self._moving or vid in self._unverified:
+        while vid in self._moving or item in self._leaving or vid in self._unverified:
             if vid in self._moving:
                 await self._moving[vid].wait()
+            elif item in self._leaving:
+                await self._leaving[item].wait()
             else:
                 await self._adopt(vid)
         row = self._index.version(vid)
@@ -265,21 +251,42 @@ class Residency:
         """Get missing *blocks*, all in one group of a large object, and store them."""
         assert blocks.start // GROUP_BLOCKS == (blocks.stop - 1) // GROUP_BLOCKS, blocks
         vid = version.id
-        if await self._settled(vid):
+        item = group_key(vid, GroupIndex(blocks.start // GROUP_BLOCKS))
+        if await self._settled(vid, item):
             return
         with self.busy(vid):
             state = self._sparse.get(vid)
             if state is None:
                 state = self._sparse[vid] = Sparse(version, self._place(version.size_bytes))
             try:
-                await self._fill_group(state, vid, blocks, get, demand)
-            except BaseException:
-                if not state.blocks_present and self._busy[vid] == 1:
-                    self._sparse.pop(vid, None)
-                    _remove(self.tiers[state.tier].files, vid)
-                raise
-            if state.blocks_present == block_count(version.size_bytes):
-                await self._make_whole(vid, state)
+                with self._filled(item):
+                    await self._fill_group(state, vid, blocks, get, demand)
+                if state.blocks_present == block_count(version.size_bytes):
+                    await self._make_whole(vid, state)
+            finally:
+                self._forget_if_empty(vid)
+
+    @contextmanager
+    def _filled(self, item: bytes) -> Iterator[None]:
+        """Keep a group from leaving, for as long as the block runs."""
+        assert item not in self._leaving
+        self._filling[item] += 1
+        try:
+            yield
+        finally:
+            self._filling[item] -= 1
+            if not self._filling[item]:
+                del self._filling[item]
+
+    def _forget_if_empty(self, vid: bytes) -> None:
+        """Remove what is left of a sparse version without blocks, unless somebody else is at it."""
+        state = self._sparse.get(vid)
+        if state is None or state.blocks_present or self._busy[vid] > 1:
+            return
+        del self._sparse[vid]
+        if self._index.version(vid) is not None:
+            self._committer.commit_nowait(lambda w: w.remove_version(vid))
+        _remove(self.tiers[state.tier].files, vid)
 
     async def _fill_group(
         self, state: Sparse, vid: VersionId, blocks: range, get: Callable[[], Body], demand: bool
@@ -463,10 +470,13 @@ class Residency:
     async def _make_room(self, place: int, need_bytes: int) -> bool:
         """Free about *need_bytes*; return whether anything came free. Holds the tier's room_lock."""
         tier = self.tiers[place]
-        victims = tier.policy.victims(need_bytes, self._staying)
-        if tier.files.is_memory:
-            return await self._demote(place, victims) > 0
-        return await self.evict(place, victims) > 0 or await self._drop_unverified(place)
+        victims = tier.policy.victims(need_bytes, _Staying(self._stays))
+        if not tier.files.is_memory:
+            return await self.evict(place, victims) > 0 or await self._drop_unverified(place)
+        if await self._demote(place, victims) > 0:
+            return True
+        # What is being filled can't move, but what of it is not filled right now can leave.
+        return await self._evict_groups(tier, [item for item in victims if item[:16] in self._busy]) > 0
 
     async def _drop_unverified(self, place: int) -> bool:
         """Give up a file found without a row and not yet verified; return whether there was one."""
@@ -481,18 +491,66 @@ class Residency:
 
     async def evict(self, place: int, items: list[ItemId]) -> int:
         """Drop *items* from a tier; return the bytes that came free. Skips what has to stay."""
-        return await self._evict(place, [item for item in items if item[:16] not in self._staying])
+        return await self._evict(place, [item for item in items if not self._stays(item)])
 
     async def _evict(self, place: int, items: list[ItemId]) -> int:
         tier = self.tiers[place]
-        items = [item for item in items if self._may_leave(tier, item)]
+        alone = [item for item in items if item[:16] in self._busy]
+        items = [item for item in items if item[:16] not in self._busy and _is_in(tier, item)]
+        freed_bytes = 0
+        if items:
+            with self._moved(item[:16] for item in items):
+                freed_bytes = await self._evict_held(tier, items)
+        return freed_bytes + await self._evict_groups(tier, alone)
+
+    def _stays(self, item: bytes) -> bool:
+        """Return whether *item* is no victim: it would be gone, and take space that is not charged."""
+        vid = item[:16]
+        if vid in self._busy and not self._may_leave_alone(item):
+            return True
+        return self._opens is not None and self._opens.is_passed_through(vid)
+
+    def _may_leave_alone(self, item: bytes) -> bool:
+        """Return whether a group may go while other groups of its version are being filled.
+
+        It needs another group that keeps the file. While all groups are there, the version is being
+        made whole.
+        """
+        state = self._sparse.get(item[:16])
+        if state is None or item[:16] in self._moving:
+            return False
+        return item not in self._filling and item not in self._leaving
+
+    async def _evict_groups(self, tier: Tier, items: list[ItemId]) -> int:
+        """Drop groups of versions that are being filled: their rows and files stay.
+
+        Returns the bytes that came free.
+        """
+        items = [item for item in items if self._may_leave_alone(item) and _is_in(tier, item)]
         if not items:
             return 0
-        with self._moved(item[:16] for item in items):
-            return await self._evict_held(tier, items)
+        left = self._blocks_left(items)
+        with ExitStack() as stack:  # No await from here to the first commit.
+            for vid, blocks_present in left.items():
+                stack.enter_context(self.busy(vid))
+                stack.callback(self._forget_if_empty, vid)
+                self._sparse[vid].blocks_present = blocks_present  # At once, else it might be taken for whole.
+            stack.enter_context(self._left(items))
+            await self._committer.commit(lambda w: drop_items(w, items, set()))
+            await self._disk_engine.run(lambda: _remove_files(tier.files, items, set()))
+            return self._gone(tier, items)
 
-    def _may_leave(self, tier: Tier, item: ItemId) -> bool:
-        return item[:16] not in self._busy and tier.policy.size_of(item) is not None
+    @contextmanager
+    def _left(self, items: list[ItemId]) -> Iterator[None]:
+        """Have fills of these groups wait, for as long as the block runs."""
+        done = trio.Event()
+        self._leaving.update(dict.fromkeys(items, done))
+        try:
+            yield
+        finally:
+            for item in items:
+                del self._leaving[item]
+            done.set()
 
     async def _evict_held(self, tier: Tier, items: list[ItemId]) -> int:
         left = self._blocks_left(items)
@@ -503,6 +561,10 @@ class Residency:
             if not blocks_present:
                 del self._sparse[vid]
         await self._disk_engine.run(lambda: _remove_files(tier.files, items, last_groups))
+        return self._gone(tier, items)
+
+    def _gone(self, tier: Tier, items: list[ItemId]) -> int:
+        """Give the space of *items* back, which have left the disk; return their bytes."""
         freed = 0
         for item in items:
             freed += tier.policy.size_of(item) or 0
@@ -635,6 +697,20 @@ class Residency:
             async with tier.room_lock:
                 await self._demote(0, items[start : start + _DRAIN_STEP])
             yield self.demoted_bytes - before, total
+
+
+class _Staying(Container[bytes]):
+    """Whatever *stays* says so of."""
+
+    def __init__(self, stays: Callable[[bytes], bool]) -> None:
+        self._stays = stays
+
+    def __contains__(self, item: object) -> bool:
+        return isinstance(item, bytes) and self._stays(item)
+
+
+def _is_in(tier: Tier, item: ItemId) -> bool:
+    return tier.policy.size_of(item) is not None
 
 
 def _step_bytes(tier: Tier) -> int:
