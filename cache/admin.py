@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from cache import traffic
 from cache.counters import Features
 from cache.errors import SluiceError, UsageError
 from cache.model import ROOT_INODE, Inode
@@ -198,7 +199,13 @@ class Admin:
             "hits": 0,
             "last_used_s": None,
             "victim_rank": None,
+            "access": None,  # These five of large files, since the mover's start.
+            "record_bytes": None,
+            "fetched_bytes": None,
+            "read_bytes": None,
+            "amplification": None,
         }
+        entry.update(traffic.of_file(self._mover.fetcher, node))
         if row is not None:
             usage = self._mover.residency.usage(node.vid, row)
             entry["tier"] = self._mover.residency.tiers[row.tier].name

@@ -151,13 +151,19 @@ class Mover:
                 self.residency.used(items, time.time())
                 for inode, used_at_s in zip(files, at_s, strict=False):
                     self._note_use(inode, used_at_s)
-            case messages.ReadSeen(inode, offset, length):
-                self.fetcher.read_seen(self._version(Inode(inode)), offset, length, stalled=False)
+            case messages.ReadSeen(reads):
+                for inode, offset, length in reads:
+                    self._note_read(Inode(inode), offset, length)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
             case _:
                 return await self._write(request, id)
         return Answer(0)
+
+    def _note_read(self, inode: Inode, offset: int, length: int) -> None:
+        node = self.index.node(inode)
+        if node is not None and node.vid:  # Else it has gone, or has another version, since it was read.
+            self.fetcher.read_seen(self._version(inode), offset, length)
 
     def _note_use(self, inode: int, now_s: float) -> None:
         if self.ahead is not None:

@@ -205,6 +205,21 @@ class Residency:
         place = self._place(size_bytes)
         return self._can_spare(place, self.tiers[place].files.whole_bytes(size_bytes))
 
+    def may_hold(self, version: ObjectVersion) -> bool:
+        """Return whether all of a large object has room where it goes, what is there of it included."""
+        state = self._sparse.get(version.id)
+        place = self._place(version.size_bytes) if state is None else state.tier
+        tier = self.tiers[place]
+        present_bytes = self.present_bytes(version.id)
+        missing_bytes = tier.files.whole_bytes(version.size_bytes) - present_bytes
+        others_bytes = max(0, tier.policy.spare_bytes - present_bytes)  # Most of it may be its own.
+        return missing_bytes + _KEPT_STEPS * _step_bytes(tier) <= tier.room_bytes + others_bytes
+
+    def present_bytes(self, vid: bytes) -> int:
+        """Return about how many bytes are there of a large object that is not whole: full blocks."""
+        state = self._sparse.get(vid)
+        return 0 if state is None else state.blocks_present * BLOCK_BYTES
+
     def _check_spare(self, place: int, charged_bytes: int) -> None:
         if not self._can_spare(place, charged_bytes):
             raise CacheFull(f"{self.tiers[place].name}: no room for {charged_bytes} bytes unasked")
@@ -246,9 +261,18 @@ class Residency:
                 self.tiers[place].policy.expect(ItemId(vid))
 
     async def fill_blocks(
-        self, version: ObjectVersion, blocks: range, get: Callable[[], Body], *, demand: bool
+        self,
+        version: ObjectVersion,
+        blocks: range,
+        get: Callable[[], Body],
+        *,
+        demand: bool,
+        is_spare: bool = False,
     ) -> None:
-        """Get missing *blocks*, all in one group of a large object, and store them."""
+        """Get missing *blocks*, all in one group of a large object, and store them.
+
+        *is_spare*: they push out nothing that a recognised epoch needs.
+        """
         assert blocks.start // GROUP_BLOCKS == (blocks.stop - 1) // GROUP_BLOCKS, blocks
         vid = version.id
         item = group_key(vid, GroupIndex(blocks.start // GROUP_BLOCKS))
@@ -260,7 +284,7 @@ class Residency:
                 state = self._sparse[vid] = Sparse(version, self._place(version.size_bytes))
             try:
                 with self._filled(item):
-                    await self._fill_group(state, vid, blocks, get, demand)
+                    await self._fill_group(state, vid, blocks, get, demand, is_spare)
                 if state.blocks_present == block_count(version.size_bytes):
                     await self._make_whole(vid, state)
             finally:
@@ -289,13 +313,19 @@ class Residency:
         _remove(self.tiers[state.tier].files, vid)
 
     async def _fill_group(
-        self, state: Sparse, vid: VersionId, blocks: range, get: Callable[[], Body], demand: bool
+        self,
+        state: Sparse,
+        vid: VersionId,
+        blocks: range,
+        get: Callable[[], Body],
+        demand: bool,
+        is_spare: bool,
     ) -> None:
         version, place = state.version, state.tier
         tier, offset = self.tiers[place], blocks.start * BLOCK_BYTES
         group, first = GroupIndex(blocks.start // GROUP_BLOCKS), blocks.start % GROUP_BLOCKS
         charged = charge(min(version.size_bytes, blocks.stop * BLOCK_BYTES) - offset)
-        await self.reserve(place, charged)
+        await self.reserve(place, charged, demand=not is_spare)
         try:
             with tier.landing(charged):
                 checksums = await self._lake_engine.run(
