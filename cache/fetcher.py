@@ -19,7 +19,6 @@ from cache.model import (
     BLOCK_BYTES,
     FETCH_BLOCKS,
     GROUP_BLOCKS,
-    GROUP_BYTES,
     SMALL_OBJECT_BYTES_MAX,
     GroupIndex,
     ObjectVersion,
@@ -176,6 +175,10 @@ class Fetcher:
         """Return how a large object is read, and the size of its records (0 where that is not known)."""
         return self._records.access(vid), self._records.record_bytes(vid)
 
+    def take_use(self, vid: bytes) -> Access | None:
+        """See `RecordReads`."""
+        return self._records.take_use(vid)
+
     @property
     def flights_under_way(self) -> int:
         return sum(len(flights) for flights in self._flights.values())
@@ -303,7 +306,9 @@ class Fetcher:
             fill = partial(self._residency.fill_whole, version, get, demand=demand)
         else:
             is_spare = flight.is_spare and not demand
-            fill = partial(self._residency.fill_blocks, version, blocks, get, demand=demand, is_spare=is_spare)
+            fill = partial(
+                self._residency.fill_blocks, version, blocks, get, demand=demand, is_spare=is_spare
+            )
             self._records.fetched(version.id, length)
             self.amplification.fetched(version.id, length)
         await self._lake.retrying("get", version.key, fill)

@@ -30,7 +30,7 @@ from cache.lake_io import LakeIO
 from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
-from cache.model import MIB, Inode, ObjectVersion
+from cache.model import MIB, SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
 from cache.places import Tier
@@ -136,9 +136,8 @@ class Mover:
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length):
-                self._note_use(inode, time.time())
                 await self._of_version(
-                    Inode(inode), lambda version: self.fetcher.fetch(version, offset, length)
+                    Inode(inode), lambda version: self._fetch(Inode(inode), version, offset, length)
                 )
             case messages.ReadThrough(inode, offset, length):
                 body = await self._of_version(
@@ -164,6 +163,27 @@ class Mover:
         node = self.index.node(inode)
         if node is not None and node.vid:  # Else it has gone, or has another version, since it was read.
             self.fetcher.read_seen(self._version(inode), offset, length)
+            self._note_large(inode, self._version(inode), offset + length)
+
+    async def _fetch(self, inode: Inode, version: ObjectVersion, offset: int, length: int) -> None:
+        if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+            self._note_use(inode, time.time())
+            await self.fetcher.fetch(version, offset, length)
+            return
+        try:
+            await self.fetcher.fetch(version, offset, length)
+        finally:
+            self._note_large(inode, version, offset + length)
+
+    def _note_large(self, inode: Inode, version: ObjectVersion, end: int) -> None:
+        """Tell the read-ahead of sets who goes through a large file, and who has come to its end."""
+        use = self.fetcher.take_use(version.id)
+        if self.ahead is None:
+            return
+        if use is not None:
+            self.ahead.used(inode, time.time(), use)
+        if end >= version.size_bytes:
+            self.ahead.ended(version.id)
 
     def _note_use(self, inode: int, now_s: float) -> None:
         if self.ahead is not None:

@@ -24,6 +24,7 @@ from cache.lake.base import Body
 from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
+    GROUP_BYTES,
     MIB,
     GroupIndex,
     ObjectVersion,
@@ -103,12 +104,13 @@ class Residency:
         # landed while its version moves or leaves would be indexed and then unlinked or punched.
         self._moving: dict[bytes, trio.Event] = {}
         # The same for groups (20 bytes): those being filled, by how many, and those that leave alone
-        # while others of their version are filled. Invariant: the version of either is busy, and none is both.
+        # while others of their version are filled. Invariant: their versions are busy; no group is both.
         self._filling: Counter[bytes] = Counter()
         self._leaving: dict[bytes, trio.Event] = {}
         self._sparse: dict[bytes, Sparse] = {}
         self._unverified: dict[bytes, tuple[int, int]] = {}  # Whole files without a row: tier, charge.
         self._usage: dict[bytes, Usage] = {}  # Since the last `save_usage`.
+        self._held: set[bytes] = set()  # Large versions that readers go through, see `hold`.
         self.ledger = Ledger()
         self.dram_low = trio.Event()
         self.demoted_bytes = 0
@@ -230,7 +232,8 @@ class Residency:
         disks = [other for other in self.tiers if not other.files.is_memory]
         over = [tier, *disks] if tier.files.is_memory else [tier]
         spare_bytes = sum(each.room_bytes + each.policy.spare_bytes for each in over)
-        kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + charged_bytes) for each in over)
+        item_bytes = min(charged_bytes, GROUP_BYTES)  # What leaves at once for a miss, rounded up to items.
+        kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + item_bytes) for each in over)
         if tier.files.is_memory:
             kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
         return spare_bytes >= charged_bytes + kept_bytes
@@ -368,6 +371,8 @@ class Residency:
             charged += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
         tier.policy.added(ItemId(vid), charged, used=True)
+        if vid in self._held:
+            tier.policy.expect(ItemId(vid))
 
     # Taking over what was uploaded
 
@@ -472,9 +477,20 @@ class Residency:
 
     def touched(self, item: ItemId) -> None:
         """Tell the eviction policies that a reader uses *item*."""
-        for tier in self.tiers:
-            tier.policy.touched(item)
-        self.ledger.used(item)
+        if item not in self._held:
+            for tier in self.tiers:
+                tier.policy.touched(item)
+        self.ledger.used(item[:16])
+
+    def hold(self, vid: bytes) -> None:
+        """Keep a large object, if it is whole, while a reader goes through it: it is used at its end."""
+        self._held.add(vid)
+        self.expect(vid, expected=True)
+
+    def let_go(self, vid: bytes) -> None:
+        """The reader of an object that was held has come to its end, or nothing was heard of it since."""
+        self._held.discard(vid)
+        self.touched(ItemId(vid))
 
     def expect(self, vid: bytes, *, expected: bool) -> None:
         """Keep a whole object for an epoch that will use it, or no longer."""
@@ -564,7 +580,9 @@ class Residency:
             for vid, blocks_present in left.items():
                 stack.enter_context(self.busy(vid))
                 stack.callback(self._forget_if_empty, vid)
-                self._sparse[vid].blocks_present = blocks_present  # At once, else it might be taken for whole.
+                self._sparse[
+                    vid
+                ].blocks_present = blocks_present  # At once, else it might be taken for whole.
             stack.enter_context(self._left(items))
             await self._committer.commit(lambda w: drop_items(w, items, set()))
             await self._disk_engine.run(lambda: _remove_files(tier.files, items, set()))
@@ -599,7 +617,7 @@ class Residency:
         for item in items:
             freed += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
-            self.ledger.left(item)
+            self.ledger.left(item[:16])
         tier.budget.give_back(freed)
         self.evicted_bytes += freed
         return freed

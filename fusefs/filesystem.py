@@ -112,6 +112,9 @@ class Filesystem:
         )
         if backing_id:
             self._counters.add("opens_passed_through")
+            if node.size_bytes > SMALL_OBJECT_BYTES_MAX:  # Its reads are not seen; the others were noted.
+                self._used_files.append(inode)
+                self._used_at_s.append(time.time())
             self._note_used(node.vid)
         return handle | COUNTED_BIT, backing_id
 

@@ -27,6 +27,7 @@ _RANDOM_SHARE = 0.75
 _RECORD_BYTES_MAX = 4 * MIB  # What is longer is a stream, if a short one.
 _STREAM_BYTES_MIN = MIB
 _STREAM_RECORDS_MIN = 4  # A run of so many records is no record.
+_PASS_BYTES = 4 * MIB  # Read on from a file's start for so long, a reader goes through all of it.
 
 
 class Access(Enum):
@@ -70,6 +71,7 @@ class FileReads:
     serial: int = 0
     lengths: deque[int] = field(default_factory=lambda: deque(maxlen=_LENGTHS_MAX))  # Of runs that are over.
     paid_bytes: int = 0  # Fetched since it was empty, with what the requests cost.
+    is_told: bool = False  # That a pass began, or that it is read at random.
 
     @property
     def access(self) -> Access:
@@ -89,6 +91,9 @@ class FileReads:
 
     def note(self, offset: int, length: int) -> _Run:
         """Note a read; return the run that it belongs to."""
+        if offset == 0 and any(run.start == 0 and run.end >= _PASS_BYTES for run in self.runs):
+            self.runs.clear()  # Another pass.
+            self.is_told = False
         run = self._joined(offset, offset + length)
         if run is None:
             self.serial += 1
@@ -119,6 +124,16 @@ class RecordReads:
 
     def __init__(self) -> None:
         self._files: OrderedDict[bytes, FileReads] = OrderedDict()
+
+    def take_use(self, vid: bytes) -> Access | None:
+        """Return once for each pass over the file that it is one, or once that it is read at random."""
+        reads = self._files.get(vid)
+        if reads is None or reads.is_told:
+            return None
+        access = reads.access
+        passes = any(run.start == 0 and run.end >= _PASS_BYTES for run in reads.runs)
+        reads.is_told = passes or access is Access.RANDOM
+        return access if reads.is_told else None
 
     def read(self, vid: bytes, offset: int, length: int, size_bytes: int) -> Want:
         """Note a read of a file of *size_bytes*; return what to fetch if a part of it is missing."""

@@ -27,6 +27,7 @@ from tools.bench import (
     random_records,
     sequential,
     set_ahead,
+    shards,
     small_writes,
     warm_epochs,
 )
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Figure]]] = {
         large_hits,
         cold_epoch,
         set_ahead,
+        shards,
         epoch_bytes,
         sequential,
         random_records,

@@ -1,4 +1,4 @@
-"""Records read at random out of one large file that does not fit into the cache: bytes fetched over bytes read.
+"""Records read at random out of one large file, four times as large as the cache: what is fetched for it.
 
 Each record is read once an epoch, in a new order each epoch, as from an HDF5 file whose samples lie
 one behind the other. Read are only the records' bytes; what the kernel adds, pages of a record's
