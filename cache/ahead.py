@@ -23,7 +23,7 @@ from cache.fetcher import Fetcher
 from cache.index import Index
 from cache.lake_io import LakeIO
 from cache.model import SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
-from cache.policy.amplification import Traffic
+from cache.policy.hands import Hands
 from cache.policy.ledger import Account
 from cache.policy.parallel import Parallelism
 from cache.policy.recognise import Candidate, Directory, Recogniser
@@ -43,12 +43,9 @@ _DIRECTORIES_MAX = 20_000  # Kept in memory, to know a file's set without asking
 _IDLE_S = 120.0  # Nothing is fetched for a set that nobody has used for so long,
 _RELEASE_S = 300.0  # and what it still needed is given up where another one needs room.
 _STRANGE_ACCESSES_MAX = 1024
-_HANDS_MAX = 64  # Large files of a set that are being read at once.
-_HANDS_IDLE_S = 120.0  # Nothing heard of for so long, the reader of a large file has ended.
 _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed again,
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
 _CHUNK = 200  # Members looked at in one go: about two milliseconds.
-_TRAFFIC_MAX = 10_000  # Members whose traffic is summed up to be shown.
 _SAMPLE = 1000  # Members looked at for the cached shares that are shown, of all sets.
 
 
@@ -66,7 +63,7 @@ class Followed:
     surveyed_at_s: float = 0.0
     has_no_room: bool = False
     waits_for_use: bool = False  # A fetch failed: none is tried before somebody reads of the set again.
-    in_hands: OrderedDict[bytes, float] = field(default_factory=OrderedDict)  # Large members -> since when.
+    hands: Hands = field(default_factory=Hands)  # Large members.
     large_under_way: int = 0
 
 
@@ -125,9 +122,9 @@ class SetReadAhead:
     def ended(self, vid: bytes) -> None:
         """The end of a large file was read."""
         for followed in self._sets:
-            if followed.in_hands.pop(vid, None) is not None:
+            if followed.hands.ended(vid):
                 self._residency.let_go(vid)
-                followed.samples.in_hands = len(followed.in_hands)
+                followed.samples.in_hands = len(followed.hands)
                 self._wake.set()
 
     def _note_access(self, followed: Followed, inode: Inode, now_s: float, access: Access | None) -> None:
@@ -138,15 +135,13 @@ class SetReadAhead:
 
     def _take_in_hands(self, followed: Followed, inode: Inode, now_s: float) -> None:
         """A reader goes through a large member: what of it is there stays until the reader ends."""
-        node, hands = self._index.node(inode), followed.in_hands
+        node = self._index.node(inode)
         if node is None or not node.vid:
             return
         self._residency.hold(node.vid)
-        hands[node.vid] = now_s
-        hands.move_to_end(node.vid)
-        while len(hands) > _HANDS_MAX or next(iter(hands.values())) < now_s - _HANDS_IDLE_S:
-            self._residency.let_go(hands.popitem(last=False)[0])
-        followed.samples.in_hands = len(hands)
+        for vid in followed.hands.take(node.vid, now_s):
+            self._residency.let_go(vid)
+        followed.samples.in_hands = len(followed.hands)
 
     def _used(self, inode: Inode, now_s: float, access: Access | None) -> None:
         for number, followed in enumerate(self._sets):
@@ -482,18 +477,9 @@ class SetReadAhead:
             "fetched_ahead_bytes": account.fetched_bytes,
             "used_ahead_bytes": account.used_bytes,
             "wasted_bytes": account.wasted_bytes,
-            **(self._traffic(samples.members) if samples.large else {}),
+            **(traffic.of_set(self._fetcher, self._index, samples.members.inodes) if samples.large else {}),
             "idle_s": round(max(0.0, self._clock() - samples.last_used_s), 1),
         }
-
-    def _traffic(self, members: Members) -> dict[str, Any]:
-        """Return what was fetched and read of large members since the mover's start."""
-        total = Traffic()
-        for node in self._index.nodes(members.inodes[:_TRAFFIC_MAX]):
-            found = self._fetcher.amplification.of(node.vid) if node is not None and node.vid else None
-            if found is not None:
-                total.add(found)
-        return traffic.shown(total)
 
     def _state(self, followed: Followed) -> str:
         samples = followed.samples

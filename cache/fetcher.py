@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 FlightKey = tuple[bytes, GroupIndex]
 
-_SPARE_FLIGHTS_MAX = 6  # Of at most 8 MiB each.
+_SPARE_FLIGHTS_MAX = 4  # Of at most 8 MiB each: on top of the read-ahead's, in the mover's memory.
 
 
 @dataclass(eq=False)
@@ -105,7 +105,8 @@ class Fetcher:
         flights = self._join(version, _blocks(want.demand), demand=True, is_exact=want.is_exact)
         if want.may_stream:
             self._read_on(version, offset, length, stalled=True)
-        self._start_rest(version)
+        else:
+            self._start_rest(version)
         asked = _blocks(range(offset, min(offset + length, version.size_bytes)))
         await self._await_all([flight for flight in flights if flight.brings(asked)])
 

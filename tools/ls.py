@@ -75,7 +75,7 @@ def _table(entries: list[dict[str, Any]], now_s: float) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("path", overflow="fold")
-    for name in ("size", "tier", "cached", "hits", "last used", "leaves as"):
+    for name in ("size", "tier", "cached", "hits", "last used", "leaves as", "read as", "amplif."):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in entries:
         table.add_row(Text(printable(entry["path"])), *_cells(entry, now_s))
@@ -95,7 +95,17 @@ def _cells(entry: dict[str, Any], now_s: float) -> list[str]:
         str(entry["hits"]),
         age(entry["last_used_s"], now_s),
         "-" if rank is None else f"#{rank}",
+        *_reads(entry),
     ]
+
+
+def _reads(entry: dict[str, Any]) -> tuple[str, str]:
+    """Return how a large file is read, and the bytes fetched over the bytes read."""
+    access, ratio, record_bytes = (entry.get(key) for key in ("access", "amplification", "record_bytes"))
+    how = "-" if access is None else access
+    if record_bytes:
+        how += f" of {format_size(record_bytes)}"
+    return how, "-" if ratio is None else f"{ratio:.2f}"
 
 
 def age(then_s: float | None, now_s: float) -> str:

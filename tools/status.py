@@ -191,6 +191,7 @@ def _set(shown: dict[str, Any]) -> str:
         f" of {shown.get('files', 0):,} files, {format_size(shown.get('bytes', 0))};"
         f" {shown.get('pattern')}, order {shown.get('order')}; read-ahead: {shown.get('read_ahead')}"
         + (f", {format_size(wasted_bytes)} wasted" if wasted_bytes else "")
+        + (f"; read amplification {ratio:.2f}" if (ratio := shown.get("amplification")) else "")
     )
 
 
