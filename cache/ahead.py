@@ -119,10 +119,14 @@ class SetReadAhead:
             log.exception("sample sets are no longer watched, nothing is read ahead of epochs")
             self._is_broken = True
 
-    def ended(self, vid: bytes) -> None:
-        """The end of a large file was read."""
+    def seen(self, inode: Inode, vid: bytes, now_s: float, *, end: bool) -> None:
+        """Something of a large file was read. *end*: its last bytes."""
+        if end and self._access.get(inode) is not Access.RANDOM:
+            self._access.pop(inode, None)  # Once it is a member of a set, it is in nobody's hands any more.
         for followed in self._sets:
-            if followed.hands.ended(vid):
+            if not end:
+                followed.hands.seen(vid, now_s)
+            elif followed.hands.ended(vid):
                 self._residency.let_go(vid)
                 followed.samples.in_hands = len(followed.hands)
                 self._wake.set()

@@ -182,8 +182,7 @@ class Mover:
             return
         if use is not None:
             self.ahead.used(inode, time.time(), use)
-        if end >= version.size_bytes:
-            self.ahead.ended(version.id)
+        self.ahead.seen(inode, version.id, time.time(), end=end >= version.size_bytes)
 
     def _note_use(self, inode: int, now_s: float) -> None:
         if self.ahead is not None:
