@@ -69,6 +69,7 @@ _AHEAD_WINDOW_BYTES_MAX = 80 * MIB  # What one sequential reader has under way a
 # A file whose last five blocks lie apart is worse; but before small runs of blocks are fetched of a file,
 # sixteen units of 1 MiB were, so that there are next to none of these.
 _EXTENTS_SHARE = 128
+_AHEAD_WINDOW_SHARE = 4  # Of the smallest disk tier: what is fetched ahead must stay until it is read.
 _SAVE_USAGE_EVERY_S = 30.0
 
 
@@ -258,6 +259,11 @@ def make_tiers(config: MountConfig, plans: list[TierPlan]) -> list[Tier]:
     ]
 
 
+def _window_bytes_max(residency: Residency) -> int:
+    sizes = [tier.budget.size_bytes for tier in residency.tiers if not tier.files.is_memory]
+    return min(_AHEAD_WINDOW_BYTES_MAX, min(sizes) // _AHEAD_WINDOW_SHARE)
+
+
 def open_index(directory: Path, *, may_rebuild: bool) -> Index:
     """Open the index; one that is corrupt is made anew, since all in it can be had again."""
     try:
@@ -311,7 +317,7 @@ async def run_mover(
                 lake_io,
                 index,
                 residency,
-                SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX) if config.read_ahead != "none" else None,
+                SequentialReadAhead(_window_bytes_max(residency)) if config.read_ahead != "none" else None,
                 ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
             )
             freshness = Freshness(config.ttl_s, config.immutable)

@@ -62,7 +62,7 @@ def hdf5(records: int, record_bytes: int, seed: int) -> list[int]:
 
 
 def amplification(wants: list[Want], reads: list[Read]) -> float:
-    """Return what would be fetched over what was read, had each been missing: in units of 1 MiB or exactly."""
+    """Return what would be fetched over what was read, had each been missing: in whole units or exactly."""
     fetched = 0
     for want in wants:
         unit = 16 * KIB if want.is_exact else MIB
