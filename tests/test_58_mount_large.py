@@ -156,9 +156,7 @@ def test_a_file_larger_than_the_cache_is_read_on_in_large_requests(
     for _ in range(2):  # The second time, the tier is full from the beginning.
         before = mount.requests()["get"]
         assert mount.read_anew("large.bin") == body
-        assert mount.requests()["get"] - before <= size // (
-            2 * MIB
-        )  # Else one for each READ of at most 1 MiB.
+        assert mount.requests()["get"] - before <= size // (2 * MIB)
     (tier,) = mount.status()["tiers"]
     assert 32 * MIB <= tier["used_bytes"] <= tier["size_bytes"]
 
