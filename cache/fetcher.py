@@ -29,7 +29,7 @@ from cache.model import (
 from cache.policy.amplification import Amplification
 from cache.policy.eviction import ItemId
 from cache.policy.readahead import SequentialReadAhead
-from cache.policy.records import Access, RecordReads
+from cache.policy.records import Access, RecordReads, Want
 from cache.records import range_mask
 from cache.residency import Residency
 
@@ -98,8 +98,7 @@ class Fetcher:
             await self._await_all(self._join(version, range(block_count(version.size_bytes)), demand=True))
             self._residency.touched(ItemId(version.id))  # It may have been on its way unasked.
             return
-        self.amplification.read(version.id, length)
-        want = self._records.read(version.id, offset, length, version.size_bytes)
+        want = self._note(version, offset, length)
         # The reader's own blocks first: joined to a flight of the read-ahead, they would wait for
         # its slot and for all of its group.
         flights = self._join(version, _blocks(want.demand), demand=True, is_exact=want.is_exact)
@@ -132,10 +131,14 @@ class Fetcher:
 
     def read_seen(self, version: ObjectVersion, offset: int, length: int) -> None:
         """Somebody read what is resident of a large object: tell the policies, start what they ask for."""
-        self.amplification.read(version.id, length)
-        want = self._records.read(version.id, offset, length, version.size_bytes)
+        want = self._note(version, offset, length)
         if want.may_stream:
             self._read_on(version, offset, length, stalled=False)
+
+    def _note(self, version: ObjectVersion, offset: int, length: int) -> Want:
+        self.amplification.read(version.id, length)
+        directory = version.key.rpartition("/")[0]
+        return self._records.read(version.id, offset, length, version.size_bytes, directory)
 
     def _read_on(self, version: ObjectVersion, offset: int, length: int, *, stalled: bool) -> None:
         """Fetch ahead what a sequential reader will come to."""

@@ -196,6 +196,25 @@ def test_random_records_near_streams_do_not_make_these_random() -> None:
     assert wants[-1].may_stream and not wants[-1].is_exact
 
 
+def test_files_beside_those_that_are_read_in_records_are_taken_for_such_at_once() -> None:
+    policy = RecordReads()
+    for number in range(3):
+        reads = [pread(offset, 100_000) for offset in hdf5(1000, 100_000, number)[:40]]
+        wants = [policy.read(bytes([number]) * 16, *read, SIZE, "train") for read in reads]
+        assert wants[0].is_exact == (number == 2), number
+    assert not policy.read(b"o" * 16, *pread(GIB, 100_000), SIZE, "other").is_exact
+
+
+def test_a_file_that_is_read_on_beside_those_is_a_stream_all_the_same() -> None:
+    policy = RecordReads()
+    for number in range(2):
+        for offset in hdf5(1000, 100_000, number)[:40]:
+            policy.read(bytes([number]) * 16, *pread(offset, 100_000), SIZE, "train")
+    wants = [policy.read(VID, offset, 128 * KIB, SIZE, "train") for offset in range(0, 8 * MIB, 128 * KIB)]
+    assert wants[0].is_exact and wants[-1].may_stream
+    assert not policy.read(b"n" * 16, 0, 128 * KIB, SIZE, "train").is_exact  # Nor is the next taken for such.
+
+
 def test_the_whole_file_is_cheaper_once_as_much_was_paid() -> None:
     policy, size, paid = RecordReads(), 512 * MIB, 0
     for offset in hdf5(5000, 100_000, 7):

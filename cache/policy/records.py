@@ -27,6 +27,8 @@ _RANDOM_SHARE = 0.75
 _RECORD_BYTES_MAX = 4 * MIB  # What is longer is a stream, if a short one.
 _STREAM_BYTES_MIN = MIB
 _STREAM_RECORDS_MIN = 4  # A run of so many records is no record.
+_ALIKE_MIN = 2  # Files of a family that were read in records, before the next one is taken for such,
+_ALIKE_MAX = 4  # and how many of the last ones are looked at.
 _PASS_BYTES = 4 * MIB  # Read on from a file's start for so long, a reader goes through all of it.
 
 
@@ -72,6 +74,7 @@ class FileReads:
     lengths: deque[int] = field(default_factory=lambda: deque(maxlen=_LENGTHS_MAX))  # Of runs that are over.
     paid_bytes: int = 0  # Fetched since it was empty, with what the requests cost.
     is_told: bool = False  # That a pass began, or that it is read at random.
+    is_alike: bool = False  # Its family knows how it is read.
 
     @property
     def access(self) -> Access:
@@ -118,12 +121,15 @@ class FileReads:
 
 
 class RecordReads:
-    """Holds the last FILES_MAX large files that were read."""
+    """Holds the last FILES_MAX large files that were read, and of FAMILIES_MAX families how theirs were."""
 
     FILES_MAX = 1024
+    FAMILIES_MAX = 256
 
     def __init__(self) -> None:
         self._files: OrderedDict[bytes, FileReads] = OrderedDict()
+        # The sizes of the records of the last files of each that were judged; 0: they were read on.
+        self._families: OrderedDict[str, deque[int]] = OrderedDict()
 
     def take_use(self, vid: bytes) -> Access | None:
         """Return once for each pass over the file that it is one, or once that it is read at random."""
@@ -135,10 +141,16 @@ class RecordReads:
         reads.is_told = passes or access is Access.RANDOM
         return access if reads.is_told else None
 
-    def read(self, vid: bytes, offset: int, length: int, size_bytes: int) -> Want:
-        """Note a read of a file of *size_bytes*; return what to fetch if a part of it is missing."""
+    def read(self, vid: bytes, offset: int, length: int, size_bytes: int, family: str = "") -> Want:
+        """Note a read of a file of *size_bytes*; return what to fetch if a part of it is missing.
+
+        *family*: the files of one are read alike, as those of one directory are.
+        """
+        if vid not in self._files:
+            self._file(vid).lengths.extend(self._expected_lengths(family))
         reads = self._file(vid)
         run = reads.note(offset, length)
+        self._note_family(family, reads, run)
         end = min(offset + length, size_bytes)
         if reads.access is not Access.RANDOM or _is_stream(run, reads.record_bytes):
             is_start = offset == 0 and reads.serial <= 1
@@ -175,6 +187,25 @@ class RecordReads:
     def record_bytes(self, vid: bytes) -> int:
         reads = self._files.get(vid)
         return 0 if reads is None or reads.access is not Access.RANDOM else reads.record_bytes
+
+    def _expected_lengths(self, family: str) -> list[int]:
+        """Return what a file's runs are taken to be before it was read, one for each that is evidence."""
+        alike = self._families.get(family, ())
+        if len(alike) < _ALIKE_MIN or not all(alike):
+            return []
+        return [min(alike)] * _EVIDENCE
+
+    def _note_family(self, family: str, reads: FileReads, run: _Run) -> None:
+        """Judge a file for its family, once, by its own reads alone."""
+        is_stream = _is_stream(run, reads.record_bytes)
+        if reads.is_alike or not (is_stream or reads.serial > _OVER_AFTER + _EVIDENCE):
+            return
+        reads.is_alike = True
+        alike = self._families.setdefault(family, deque(maxlen=_ALIKE_MAX))
+        alike.append(0 if is_stream else reads.record_bytes)
+        self._families.move_to_end(family)
+        if len(self._families) > self.FAMILIES_MAX:
+            self._families.popitem(last=False)
 
     def _file(self, vid: bytes) -> FileReads:
         reads = self._files.setdefault(vid, FileReads())
