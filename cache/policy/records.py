@@ -198,7 +198,9 @@ class RecordReads:
     def _note_family(self, family: str, reads: FileReads, run: _Run) -> None:
         """Judge a file for its family, once, by its own reads alone."""
         is_stream = _is_stream(run, reads.record_bytes)
-        if reads.is_alike or not (is_stream or reads.serial > _OVER_AFTER + _EVIDENCE):
+        # With fewer runs, some that are over may be those that it was given by its family.
+        is_random = reads.access is Access.RANDOM and reads.serial > _OVER_AFTER + _EVIDENCE
+        if reads.is_alike or not (is_stream or is_random):
             return
         reads.is_alike = True
         alike = self._families.setdefault(family, deque(maxlen=_ALIKE_MAX))
