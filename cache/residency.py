@@ -576,15 +576,19 @@ class Residency:
         if not items:
             return 0
         left = self._blocks_left(items)
+        gone = {vid: self._sparse[vid].blocks_present - count for vid, count in left.items()}
         with ExitStack() as stack:  # No await from here to the first commit.
-            for vid, blocks_present in left.items():
+            for vid in gone:
                 stack.enter_context(self.busy(vid))
                 stack.callback(self._forget_if_empty, vid)
-                self._sparse[
-                    vid
-                ].blocks_present = blocks_present  # At once, else it might be taken for whole.
+                self._sparse[vid].blocks_present -= gone[vid]  # At once: it might be taken for whole else.
             stack.enter_context(self._left(items))
-            await self._committer.commit(lambda w: drop_items(w, items, set()))
+            try:
+                await self._committer.commit(lambda w: drop_items(w, items, set()))
+            except BaseException:
+                for vid in gone:
+                    self._sparse[vid].blocks_present += gone[vid]
+                raise
             await self._disk_engine.run(lambda: _remove_files(tier.files, items, set()))
             return self._gone(tier, items)
 

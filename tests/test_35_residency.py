@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from cache.errors import CacheError, CacheFull
+from cache.errors import CacheError, CacheFull, LakeUnavailable
 from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
@@ -29,7 +29,7 @@ from cache.opens import OpenTable
 from cache.policy.eviction import ItemId
 from cache.records import charge, group_key
 from cache.residency import _EVICT_SHARE_MAX
-from tests.wiring import Cache, TierSpec, WatchedLake, bodies, open_cache
+from tests.wiring import NO_RETRY, Cache, TierSpec, WatchedLake, bodies, open_cache
 
 TIERS = (
     TierSpec("dram", 20 * MIB, is_memory=True),
@@ -455,6 +455,50 @@ async def test_a_commit_that_fails_leaves_all_as_it_was_on_the_way_out(
             _ = [report async for report in cache.residency.drain_dram()]
         await check(cache, content)
         assert [place for place, *_ in stored(cache)] == [place for place, *_ in before]
+
+
+async def test_a_commit_that_fails_keeps_the_groups_of_a_version_that_is_being_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake, content = WatchedLake(), bodies({"big": 25 * MIB})
+    version = lake.fill(content)["big"]
+    async with open_cache(tmp_path, lake) as cache:
+        await cache.fetcher.fetch(version, 9 * MIB, 1)
+        gate = lake.hold("get")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cache.fetcher.fetch, version, 20 * MIB, 1)
+            await lake.met("get", 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(cache.committer, "commit", refuse)
+                with pytest.raises(CacheError, match="disk is full"):
+                    await cache.residency.drop_version(version.id)
+            assert cache.residency._sparse[version.id].blocks_present == MIB // BLOCK_BYTES
+            gate.set()
+        await cache.idle()
+        await check(cache, content)
+
+
+async def test_the_only_group_leaves_while_another_is_filled_and_the_fill_fails(tmp_path: Path) -> None:
+    lake, content = WatchedLake(), bodies({"big": 25 * MIB})
+    version = lake.fill(content)["big"]
+    async with open_cache(tmp_path, lake, retry=NO_RETRY) as cache:
+        await cache.fetcher.fetch(version, 9 * MIB, 1)
+        gate = lake.hold("get")
+        lake.fault = lambda verb, key: LakeUnavailable("away") if verb == "get" else None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_fetch_in_vain, cache, version)
+            await lake.met("get", 2)
+            assert await cache.residency.drop_version(version.id) == MIB
+            gate.set()
+        await cache.idle()
+        await wait_all_tasks_blocked()
+        assert cache.residency._sparse == {} and cache.index.version(version.id) is None
+        await check(cache, content)
+
+
+async def _fetch_in_vain(cache: Cache, version: ObjectVersion) -> None:
+    with pytest.raises(LakeUnavailable):
+        await cache.fetcher.fetch(version, 20 * MIB, 1)
 
 
 async def refuse(_: object) -> None:
