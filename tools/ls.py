@@ -75,7 +75,7 @@ def _table(entries: list[dict[str, Any]], now_s: float) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("path", overflow="fold")
-    for name in ("size", "tier", "cached", "hits", "last used", "leaves as", "read as", "amplif."):
+    for name in ("size", "tier", "cached", "hits", "last used", "leaves as", *_names_of_reads(entries)):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in entries:
         table.add_row(Text(printable(entry["path"])), *_cells(entry, now_s))
@@ -99,10 +99,17 @@ def _cells(entry: dict[str, Any], now_s: float) -> list[str]:
     ]
 
 
-def _reads(entry: dict[str, Any]) -> tuple[str, str]:
+def _names_of_reads(entries: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the columns of `_reads`: there if a large file was read."""
+    return ("read as", "amplif.") if any(entry.get("access") for entry in entries) else ()
+
+
+def _reads(entry: dict[str, Any]) -> tuple[str, ...]:
     """Return how a large file is read, and the bytes fetched over the bytes read."""
+    if entry.get("access") is None:
+        return ()
     access, ratio, record_bytes = (entry.get(key) for key in ("access", "amplification", "record_bytes"))
-    how = "-" if access is None else access
+    how = str(access)
     if record_bytes:
         how += f" of {format_size(record_bytes)}"
     return how, "-" if ratio is None else f"{ratio:.2f}"
