@@ -262,7 +262,9 @@ class SampleSet:
         repeated = self._repeats.bit_count() / min(_WINDOW, self._uses)
         if repeated > _REUSED_SHARE + self.used_count / len(self.members):
             return Pattern.REUSED
-        follow = self._follows.bit_count() / min(_WINDOW, self._first_uses)
+        # Of a few large files, the first, which can follow none, would weigh too much.
+        judged = max(1, self._first_uses - self.large)
+        follow = self._follows.bit_count() / min(_WINDOW, judged)
         return Pattern.SCAN if follow >= _SCAN_SHARE else Pattern.SHUFFLED
 
     # What to fetch
@@ -309,13 +311,22 @@ class SampleSet:
     def _ahead_max(self, pattern: Pattern) -> int:
         """Return how many members may be fetched ahead and not used yet."""
         if self.large:
-            return 1 + max(1, self.in_hands) if pattern in (Pattern.SHUFFLED, Pattern.SCAN) else 0
+            return self._large_ahead_max(pattern)
         if pattern is Pattern.SHUFFLED:
             return _AHEAD_PER_USE * self.used_count
         if pattern is Pattern.SCAN:
             by_bytes = max(8, _SCAN_BYTES_MAX // max(1, self.members.mean_bytes))
             return min(_SCAN_PER_USE * self.used_count, _SCAN_FILES_MAX, by_bytes)
         return 0
+
+    def _large_ahead_max(self, pattern: Pattern) -> int:
+        if pattern not in (Pattern.SHUFFLED, Pattern.SCAN):
+            return 0
+        next_ones = 1 + max(1, self.in_hands)
+        if pattern is Pattern.SCAN or self.upcoming.is_known:
+            return next_ones
+        # Which come next is not known, that they come is: as many as were used, should the reader stop.
+        return next_ones + self.used_count
 
     # Growth
 
