@@ -619,9 +619,13 @@ class Residency:
         """Give the space of *items* back, which have left the disk; return their bytes."""
         freed = 0
         for item in items:
-            freed += tier.policy.size_of(item) or 0
+            size_bytes = tier.policy.size_of(item) or 0
+            freed += size_bytes
             tier.policy.removed(item)
-            self.ledger.left(item[:16])
+            if len(item) == 16:
+                self.ledger.left(item)
+            else:
+                self.ledger.left_in_part(item[:16], size_bytes)
         tier.budget.give_back(freed)
         self.evicted_bytes += freed
         return freed

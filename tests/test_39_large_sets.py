@@ -13,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from cache.ahead import SetReadAhead
 from cache.model import KIB, MIB, ROOT_INODE, Inode, ObjectVersion
+from cache.policy.ledger import Account, Ledger
 from cache.policy.records import Access
 from cache.policy.sets import ListingOrder, MakeUpcoming, Members
 from cache.survey import Survey
@@ -319,3 +320,12 @@ async def test_every_read_is_right_whatever_the_order(tmp_path: Path) -> None:
             await at.settled()
             await at.read(file, offset, length)  # Should it have left again.
             assert at.cache.cached_bytes(version, offset, length) == content[offset : offset + length]
+
+
+def test_a_part_that_leaves_unused_is_wasted_and_the_rest_may_be_used() -> None:
+    ledger, account = Ledger(), Account()
+    ledger.fetched(b"v", 10 * MIB, account)
+    ledger.left_in_part(b"v", 3 * MIB)
+    ledger.used(b"v")
+    ledger.left_in_part(b"v", MIB)
+    assert (account.fetched_bytes, account.used_bytes, account.wasted_bytes) == (10 * MIB, 7 * MIB, 3 * MIB)
