@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tools.bench.__main__ import parser as bench_parser
+from tools.bench.peers.recipes import PEERS
 from tools.cli import COMMANDS
 from tools.options import OPTIONS, Option, mount_parser
 
@@ -64,8 +66,9 @@ def test_the_scripts_that_are_named_are_there() -> None:
 def test_the_options_in_the_text_exist() -> None:
     prose = README.partition(BEGIN)[0] + README.partition(END)[2].partition("## Beside others")[0]
     known = {f"--{option.name}" for option in OPTIONS}
-    of_commands = {"--config", "--json", "--recursive", "--only", "--lazy", "--keep"}
+    of_commands = {"--config", "--json", "--recursive", "--lazy", "--keep"}
     of_commands |= {"--seconds", "--plot", "--size", "--latency", "--bandwidth", "--generate"}
+    of_commands |= {string for action in bench_parser()._actions for string in action.option_strings}
     elsewhere = of_commands | {"--data", "--save-to"}  # Of a training script.
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | elsewhere
 
@@ -91,3 +94,8 @@ def test_the_recipe_of_a_sampler_that_tells_its_order_runs(
     assert list(told) == [2, 0, 1]
     assert commands == [["sluice", "hint", str(tmp_path / "order")]]
     assert (tmp_path / "order").read_text() == "c\na\nb"
+
+
+def test_the_notes_on_the_benchmarks_name_every_peer() -> None:
+    notes = (CHECKOUT / "tools/bench/README.md").read_text("utf-8")
+    assert [peer for peer in PEERS if not re.search(rf"\b{peer}\b", notes)] == []
