@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from cache import traffic
 from cache.counters import Features
 from cache.errors import SluiceError, UsageError
 from cache.keep_admin import KeepAdmin
@@ -203,7 +204,13 @@ class Admin:
             "leaves": None,
             "pinned": self._mover.keeper.pins.pinned_by(os.fsencode(path)) is not None,
             "dirty": self._writes.state_of(inode),
+            "access": None,  # These five of large files, since the mover's start.
+            "record_bytes": None,
+            "fetched_bytes": None,
+            "read_bytes": None,
+            "amplification": None,
         }
+        entry.update(traffic.of_file(self._mover.fetcher, node))
         if row is not None:
             usage = self._mover.residency.usage(node.vid, row)
             entry["tier"] = self._mover.residency.tiers[row.tier].name

@@ -64,11 +64,9 @@ class Used(msgspec.Struct, tag=6, array_like=True):
 
 
 class ReadSeen(msgspec.Struct, tag=7, array_like=True):
-    """A hit in a file that is not whole: the read-ahead wants to know. Not answered."""
+    """Hits in large files: (inode, offset, length), adjacent ones as one. Not answered."""
 
-    inode: int
-    offset: int
-    length: int
+    reads: list[tuple[int, int, int]]
 
 
 class RelistAhead(msgspec.Struct, tag=8, array_like=True):

@@ -15,7 +15,7 @@ from cache.config import MountConfig
 from cache.errors import CacheError, UsageError
 from cache.index import remove_index
 
-FORMAT = "sluicefs-cache 1"
+FORMAT = "sluicefs-cache 2"  # 1 had blocks of 128 KiB.
 _POWER_LOST = "power-lost"  # A file, there from a power loss until its recovery was finished.
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -436,6 +436,17 @@ def entry(path: str, **values: Any) -> dict[str, Any]:
     }
 
 
+def test_ls_shows_how_large_files_are_read(fake: FakeMount, capsys: pytest.CaptureFixture[str]) -> None:
+    read = {"access": "random records", "record_bytes": 102_400, "amplification": 1.234}
+    entries = [entry("a", **read), entry("b"), entry("c", access="read on", amplification=None)]
+    fake.answers["ls"] = [{"result": {"entries": entries, "errors": [], "truncated": False}}]
+    assert cli.main(["ls", str(fake.mountpoint)]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[-3:] == ["read", "as", "amplif."]
+    text = " ".join(" ".join(rows).split())  # Long paths take several lines.
+    assert "random records of 100.0 KiB 1.23" in text and "read on -" in text
+
+
 def test_ls_lists_what_the_cache_has(fake: FakeMount, capsys: pytest.CaptureFixture[str]) -> None:
     directory = entry("d", kind="directory", size_bytes=0, tier=None, cached_bytes=0, last_used_s=None)
     never = entry("n\x1b[0m", tier=None, cached_bytes=0, last_used_s=None, victim_rank=None)

@@ -210,6 +210,7 @@ def _set(shown: dict[str, Any]) -> str:
         f" {shown.get('pattern')}, order {shown.get('order')}; read-ahead: {shown.get('read_ahead')}"
         + (f", {format_size(wasted_bytes)} wasted" if wasted_bytes else "")
         + _hits(shown)
+        + (f"; read amplification {ratio:.2f}" if (ratio := shown.get("amplification")) else "")
     )
 
 

@@ -7,7 +7,7 @@ version id, and 4 of group number for a group.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import chain, islice
 from typing import NewType, Protocol
 
@@ -64,11 +64,11 @@ class EvictionPolicy(Protocol):
     def spare_bytes(self) -> int:
         """Return the bytes of what read-ahead may push out: no recognised epoch still needs it."""
 
-    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
+    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
         """Return the items to evict, first to leave first, so that *need_bytes* come free.
 
-        Skips items of the versions in *busy*, so it may free less than asked. Changes
-        nothing: call `removed()` once an item has left the disk.
+        Skips the items in *staying*, so it may free less than asked. Changes nothing: call
+        `removed()` once an item has left the disk.
         """
 
     def size_of(self, item: ItemId) -> int | None:
@@ -80,12 +80,12 @@ class EvictionPolicy(Protocol):
     def __len__(self) -> int: ...
 
 
-def _take(items: Iterator[tuple[ItemId, int]], need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
+def _take(items: Iterator[tuple[ItemId, int]], need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
     chosen: list[ItemId] = []
     for item, size_bytes in items:
         if need_bytes <= 0:
             break
-        if item[:16] in busy:
+        if item in staying:
             continue
         chosen.append(item)
         need_bytes -= size_bytes
@@ -177,8 +177,8 @@ class LruPolicy:
     def spare_bytes(self) -> int:
         return 0  # What was used last would go for what may never be used.
 
-    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
-        return _take(iter(self._items.items()), need_bytes, busy)
+    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
+        return _take(iter(self._items.items()), need_bytes, staying)
 
     def size_of(self, item: ItemId) -> int | None:
         return self._items.get(item, self._pinned.get(item))
@@ -323,8 +323,8 @@ class EpochPolicy:
     def spare_bytes(self) -> int:
         return sum(queue.size_bytes for queue in (self._idle, self._used, self._again, self._needed))
 
-    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
-        return _take(self._in_order(), need_bytes, busy)
+    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
+        return _take(self._in_order(), need_bytes, staying)
 
     def size_of(self, item: ItemId) -> int | None:
         for queue in self._queues():
