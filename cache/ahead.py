@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from cache.fetcher import Fetcher
 from cache.index import Index
 from cache.lake_io import LakeIO
 from cache.model import SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
+from cache.policy.due import Next
 from cache.policy.ledger import Account
 from cache.policy.parallel import Parallelism
 from cache.policy.recognise import Candidate, Directory, Recogniser
@@ -39,6 +41,10 @@ _IDLE_S = 120.0  # Nothing is fetched for a set that nobody has used for so long
 _RELEASE_S = 300.0  # and what it still needed is given up where another one needs room.
 _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed again,
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
+_BEHIND = 32  # Uses after which nobody is still at the file.
+# A hit is told of up to a quarter of a second late (see Filesystem), and read-ahead learns of it then.
+_TOLD_LATE_S = 0.25
+_LEAD_WEIGHT = 0.125  # Of each fetch, in what is known of how long they take.
 _CHUNK = 200  # Members looked at in one go: about two milliseconds.
 _SAMPLE = 1000  # Members looked at for the cached shares that are shown, of all sets.
 
@@ -57,6 +63,9 @@ class Followed:
     surveyed_at_s: float = 0.0
     has_no_room: bool = False
     waits_for_use: bool = False  # A fetch failed: none is tried before somebody reads of the set again.
+    behind: deque[int] = field(default_factory=deque)  # Places used a moment ago.
+    order_seen: int = 0  # Of `Upcoming.changes`, when what is resident was told what comes next.
+    is_replanning: bool = False
 
 
 class SetReadAhead:
@@ -90,6 +99,7 @@ class SetReadAhead:
         self._folders: dict[int, str] = {}  # Directory -> its path with a slash; new in each epoch.
         self._surveying: set[Candidate] = set()
         self._under_way = 0
+        self._fetch_s = 0.0  # How long fetches take, on average.
         self._retries_seen = lake.retries
         self._wake = trio.Event()
         self._is_broken = False
@@ -115,6 +125,8 @@ class SetReadAhead:
                 if followed.samples.used(place, now_s):
                     self._epoch_began(followed)
                 followed.is_released = followed.waits_for_use = False
+                self._leave_behind(followed, place)
+                self._follow_order(followed)
                 self._wake.set()
                 return
         self._used_stranger(inode, now_s)
@@ -161,6 +173,68 @@ class SetReadAhead:
         if followed.samples.strangers >= _STRANGERS_MAX and is_due and not followed.is_surveying:
             followed.is_surveying = True
             self._nursery.start_soon(self._guarded, self._follow_growth, followed)
+
+    # What readers have left behind
+
+    def _leave_behind(self, followed: Followed, place: int) -> None:
+        """Tell what becomes of a member that was used a moment ago: when next, or not soon again."""
+        followed.behind.append(place)
+        if len(followed.behind) <= _BEHIND:
+            return
+        samples, place = followed.samples, followed.behind.popleft()
+        due = samples.upcoming.due_later(place)
+        is_scanned = samples.epoch == 1 and samples.pattern is Pattern.SCAN
+        if not is_scanned and (due is None or self._fits(followed)):
+            return
+        node = self._index.node(samples.members.inodes[place])
+        if node is None or not node.vid:
+            return
+        if is_scanned:
+            self._residency.passed(node.vid)
+        else:
+            self._residency.expect(node.vid, Next(due, later=True))
+
+    def _fits(self, followed: Followed) -> bool:
+        """Return whether all of the set may be cached: then nothing of it need be told apart."""
+        return followed.samples.members.total_bytes < self._residency.size_bytes // 2
+
+    def _follow_order(self, followed: Followed) -> None:
+        """Once what is known of the order has changed, tell what is resident when it will be used."""
+        changes = followed.samples.upcoming.changes
+        if changes == followed.order_seen or followed.is_replanning or followed.samples.epoch == 0:
+            return
+        if self._fits(followed):
+            followed.order_seen = changes
+            return
+        followed.is_replanning = True
+        self._nursery.start_soon(self._guarded, self._replan, followed)
+
+    async def _replan(self, followed: Followed) -> None:
+        try:
+            followed.order_seen = followed.samples.upcoming.changes
+            samples = followed.samples
+            for place, inode in enumerate(samples.members.inodes):
+                if place % _CHUNK == 0:
+                    await trio.lowlevel.checkpoint()
+                    if followed.samples is not samples or self._is_broken:
+                        return
+                vid = self._resident(inode)
+                if vid is not None:
+                    self._expect(samples, place, vid)
+        finally:
+            followed.is_replanning = False
+            self._wake.set()
+
+    def _expect(self, samples: SampleSet, place: int, vid: bytes) -> None:
+        """Have a resident member kept for its next use, as far as that is known."""
+        upcoming, is_used = samples.upcoming, samples.is_used(place)
+        due = None if is_used else upcoming.due(place)
+        if due is not None or not (is_used or upcoming.is_known):
+            self._residency.expect(vid, Next(due))
+        elif (due := upcoming.due_later(place)) is not None:
+            self._residency.expect(vid, Next(due, later=True))
+        elif not is_used:
+            self._residency.release(vid)  # The order leaves it out: others read it, or nobody.
 
     # Sets
 
@@ -264,7 +338,7 @@ class SetReadAhead:
             vid = self._resident(inode)
             if vid is not None:
                 samples.found_resident(place)
-                self._residency.expect(vid, expected=True)
+                self._expect(samples, place, vid)
 
     def _resident(self, inode: int) -> bytes | None:
         """Return the version id of a file that is cached whole."""
@@ -287,7 +361,7 @@ class SetReadAhead:
                     return  # It is in use again.
             node = self._index.node(inode)
             if node is not None and node.vid:
-                self._residency.expect(node.vid, expected=False)
+                self._residency.release(node.vid)
         followed.is_looked_over, followed.evicted_bytes_seen = True, -1  # Its next epoch looks again.
         self._wake.set()
 
@@ -337,12 +411,15 @@ class SetReadAhead:
         return None
 
     def _may_fetch(self, followed: Followed, now_s: float) -> bool:
-        if not followed.is_looked_over or followed.is_looking or followed.account.is_wasteful:
-            return False
-        if followed.waits_for_use:
+        is_known = followed.samples.upcoming.is_known
+        if (not followed.is_looked_over or followed.is_looking) and not is_known:
+            return False  # With the order known, few are fetched at a time, and these looked at.
+        if followed.waits_for_use or followed.account.is_wasteful:
             return False
         if now_s - followed.samples.last_used_s > _IDLE_S:
             return False
+        if is_known:
+            return True  # What there is room for depends on when it is due.
         followed.has_no_room = not self._residency.may_read_ahead(followed.samples.members.mean_bytes)
         if followed.has_no_room:
             self._release_idle(now_s)
@@ -361,14 +438,17 @@ class SetReadAhead:
         if node is None or self._is_cached(node):
             samples.need_not(place)
             return
-        if not self._residency.may_read_ahead(node.size_bytes):
+        next = Next(samples.upcoming.due(place))
+        if not self._residency.may_read_ahead(node.size_bytes, next.due):
             samples.put_back(place)
             followed.has_no_room = followed.waits_for_use = True
+            self._release_idle(self._clock())
             return
+        followed.has_no_room = False
         version = ObjectVersion(self._key_of(node), node.etag, node.size_bytes, node.vid)
         self._under_way += 1
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
-        self._nursery.start_soon(self._fetch, followed, place, version)
+        self._nursery.start_soon(self._fetch, followed, place, version, next)
 
     def _key_of(self, node: Node) -> str:
         """Return the file's key. That of its directory may be old: then the lake has no such object."""
@@ -382,11 +462,12 @@ class SetReadAhead:
             folder = self._folders[node.parent] = f"{path}/" if path else ""
         return folder + os.fsdecode(node.name)
 
-    async def _fetch(self, followed: Followed, place: int, version: ObjectVersion) -> None:
-        samples = followed.samples
+    async def _fetch(self, followed: Followed, place: int, version: ObjectVersion, next: Next) -> None:
+        samples, began_s = followed.samples, trio.current_time()
         try:
-            await self._fetcher.fetch_ahead(version)
+            await self._fetcher.fetch_ahead(version, next)
             self._parallelism.landed(version.size_bytes, trio.current_time())
+            self._note_lead(samples, trio.current_time() - began_s)
         except SluiceError as error:
             self._residency.ledger.not_fetched(version.id)
             if isinstance(error, CacheFull | LakeUnavailable):
@@ -397,6 +478,11 @@ class SetReadAhead:
         finally:
             self._under_way -= 1
             self._wake.set()
+
+    def _note_lead(self, samples: SampleSet, took_s: float) -> None:
+        """Keep an average of how long before its use a member has to be asked for."""
+        self._fetch_s += _LEAD_WEIGHT * (took_s - self._fetch_s) if self._fetch_s else took_s
+        samples.upcoming.lead_s = self._fetch_s + _TOLD_LATE_S
 
     # What is shown
 

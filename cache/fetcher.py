@@ -24,6 +24,7 @@ from cache.model import (
     block_count,
     ceil_div,
 )
+from cache.policy.due import SOME_TIME, Next
 from cache.policy.eviction import ItemId
 from cache.policy.readahead import SequentialReadAhead
 from cache.records import range_mask
@@ -42,6 +43,7 @@ class Flight:
     landed: trio.Event = field(default_factory=trio.Event)
     error: SluiceError | None = None
     demanded: trio.Event = field(default_factory=trio.Event)  # A reader waits for it.
+    next: Next = SOME_TIME  # Of a small object that nobody asked for: when it will be used.
 
 
 class Fetcher:
@@ -83,14 +85,15 @@ class Fetcher:
         self.read_seen(version, offset, length, stalled=True)
         await self._await_all(flights)
 
-    async def fetch_ahead(self, version: ObjectVersion) -> None:
+    async def fetch_ahead(self, version: ObjectVersion, next: Next = SOME_TIME) -> None:
         """Make a small object resident that nobody asked for yet. Raises as `fetch` does.
 
-        The caller bounds how many are under way. Raises CacheFull where it would push out what a
-        recognised epoch still needs.
+        *next*: when it will be used. The caller bounds how many are under way. Raises CacheFull where it
+        would push out what a recognised epoch still needs, before that.
         """
         assert version.size_bytes <= SMALL_OBJECT_BYTES_MAX, version
-        await self._await_all(self._join(version, range(block_count(version.size_bytes)), demand=False))
+        blocks = range(block_count(version.size_bytes))
+        await self._await_all(self._join(version, blocks, demand=False, next=next))
 
     def read_seen(self, version: ObjectVersion, offset: int, length: int, *, stalled: bool) -> None:
         """Tell the read-ahead of a read, and start what it asks for."""
@@ -116,7 +119,9 @@ class Fetcher:
             if flight.error is not None:
                 raise flight.error
 
-    def _join(self, version: ObjectVersion, blocks: range, *, demand: bool) -> list[Flight]:
+    def _join(
+        self, version: ObjectVersion, blocks: range, *, demand: bool, next: Next = SOME_TIME
+    ) -> list[Flight]:
         """Return the flights that bring the missing ones of *blocks*, starting those not under way.
 
         No await in here: two readers must not both start one.
@@ -144,11 +149,10 @@ class Fetcher:
             while missing:
                 run = _lowest_run(missing)
                 missing &= ~run
-                joined.append(self._start(version, key, run, demand))
+                joined.append(self._start(version, key, Flight(run, next=next), demand))
         return joined
 
-    def _start(self, version: ObjectVersion, key: FlightKey, mask: int, demand: bool) -> Flight:
-        flight = Flight(mask)
+    def _start(self, version: ObjectVersion, key: FlightKey, flight: Flight, demand: bool) -> Flight:
         if demand:
             flight.demanded.set()
         self._flights.setdefault(key, []).append(flight)
@@ -205,13 +209,16 @@ class Fetcher:
     async def _fill_as_demanded(self, version: ObjectVersion, group: GroupIndex, flight: Flight) -> None:
         demand = flight.demanded.is_set()
         try:
-            await self._fill(version, group, flight.mask, demand=demand)
+            await self._fill(version, group, flight, demand=demand)
         except CacheFull:
             if demand or not flight.demanded.is_set():
                 raise  # Else a reader has come to wait for it, and may push out more.
-            await self._fill(version, group, flight.mask, demand=True)
+            await self._fill(version, group, flight, demand=True)
 
-    async def _fill(self, version: ObjectVersion, group: GroupIndex, mask: int, *, demand: bool) -> None:
+    async def _fill(
+        self, version: ObjectVersion, group: GroupIndex, flight: Flight, *, demand: bool
+    ) -> None:
+        mask = flight.mask
         first = (mask & -mask).bit_length() - 1 + group * GROUP_BLOCKS
         blocks = range(first, mask.bit_length() + group * GROUP_BLOCKS)
         offset = blocks.start * BLOCK_BYTES
@@ -219,7 +226,7 @@ class Fetcher:
         get = partial(self._lake.get, version, offset, length)
         fill: Callable[[], Awaitable[None]]
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
-            fill = partial(self._residency.fill_whole, version, get, demand=demand)
+            fill = partial(self._residency.fill_whole, version, get, demand=demand, next=flight.next)
         else:
             fill = partial(self._residency.fill_blocks, version, blocks, get, demand=demand)
         await self._lake.retrying("get", version.key, fill)

@@ -34,8 +34,8 @@ from cache.model import MIB, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
 from cache.places import Tier
-from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
+from cache.policy.policies import make_policy
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
 from cache.policy.sets import ListingOrder

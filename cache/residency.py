@@ -32,6 +32,7 @@ from cache.model import (
 )
 from cache.opens import OpenTable
 from cache.places import Sparse, Tier
+from cache.policy.due import SOME_TIME, Next
 from cache.policy.eviction import ItemId
 from cache.policy.ledger import Ledger
 from cache.records import Group, VersionRow, charge, group_key
@@ -189,16 +190,19 @@ class Residency:
         ]
         return -max(shares)[2]
 
-    async def reserve(self, place: int, charged_bytes: int, *, demand: bool = True) -> None:
+    async def reserve(
+        self, place: int, charged_bytes: int, *, demand: bool = True, due: int | None = None
+    ) -> None:
         """Charge *charged_bytes* to a tier, making room first. Raises CacheFull.
 
-        Without *demand* nothing is pushed out that a recognised epoch still needs.
+        Without *demand* nothing is pushed out that a recognised epoch still needs, unless it is known
+        to need it only after *due*.
         """
         tier = self.tiers[place]
         if charged_bytes > tier.budget.size_bytes:
             raise CacheFull(f"{tier.name}: {charged_bytes} bytes are more than the tier's size")
         if not demand:
-            self._check_spare(place, charged_bytes)
+            self._check_spare(place, charged_bytes, due)
         if tier.has_room(charged_bytes):  # No await from here to take().
             tier.budget.take(charged_bytes)
             self._check_watermark()
@@ -206,7 +210,7 @@ class Residency:
         async with tier.room_lock:
             while not tier.has_room(charged_bytes):
                 if not demand:  # Again: others were let in while we waited for the lock.
-                    self._check_spare(place, charged_bytes)
+                    self._check_spare(place, charged_bytes, due)
                     if tier.guard_shortfall_bytes() > 0:
                         raise CacheFull(f"{tier.name}: its disk has no room for what nobody asked for")
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
@@ -214,17 +218,25 @@ class Residency:
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.budget.take(charged_bytes)
 
-    def may_read_ahead(self, size_bytes: int) -> bool:
-        """Return whether an object that nobody asked for yet has room, with some left for demand."""
-        place = self._place(size_bytes)
-        return self._can_spare(place, self.tiers[place].files.whole_bytes(size_bytes))
+    def may_read_ahead(self, size_bytes: int, due: int | None = None) -> bool:
+        """Return whether an object that nobody asked for yet has room, with some left for demand.
 
-    def _check_spare(self, place: int, charged_bytes: int) -> None:
-        if not self._can_spare(place, charged_bytes):
+        *due*: when it will be used, if that is known. What is used after it makes room then.
+        """
+        place = self._place(size_bytes)
+        return self._can_spare(place, self.tiers[place].files.whole_bytes(size_bytes), due)
+
+    @property
+    def size_bytes(self) -> int:
+        """Return what all tiers together hold at most."""
+        return sum(tier.budget.size_bytes for tier in self.tiers)
+
+    def _check_spare(self, place: int, charged_bytes: int, due: int | None) -> None:
+        if not self._can_spare(place, charged_bytes, due):
             raise CacheFull(f"{self.tiers[place].name}: no room for {charged_bytes} bytes unasked")
 
-    def _can_spare(self, place: int, charged_bytes: int) -> bool:
-        """Return whether so much is free, or needed by no recognised epoch, where content ends up."""
+    def _can_spare(self, place: int, charged_bytes: int, due: int | None) -> bool:
+        """Return whether so much is free, or not needed before *due*, where content ends up."""
         tier = self.tiers[place]
         disks = [other for other in self.tiers if not other.files.is_memory]
         over = [tier, *disks] if tier.files.is_memory else [tier]
@@ -232,10 +244,18 @@ class Residency:
         kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + charged_bytes) for each in over)
         if tier.files.is_memory:
             kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
-        return spare_bytes >= charged_bytes + kept_bytes
+        short_bytes = charged_bytes + kept_bytes - spare_bytes
+        if short_bytes > 0 and due is not None:
+            short_bytes -= sum(each.policy.bytes_beyond(due, short_bytes) for each in over)
+        return short_bytes <= 0
 
-    async def fill_whole(self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool) -> None:
-        """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError."""
+    async def fill_whole(
+        self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool, next: Next = SOME_TIME
+    ) -> None:
+        """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError.
+
+        *next*: without *demand*, when it is expected to be used.
+        """
         vid = version.id
         if await self._settled(vid):
             return
@@ -243,7 +263,7 @@ class Residency:
             place = self._place(version.size_bytes)
             files = self.tiers[place].files
             charged = files.whole_bytes(version.size_bytes)
-            await self.reserve(place, charged, demand=demand)
+            await self.reserve(place, charged, demand=demand, due=next.due)
             try:
                 with self.tiers[place].landing(charged):
                     checksums = await self._lake_engine.run(
@@ -257,7 +277,7 @@ class Residency:
                 raise
             self.tiers[place].policy.added(ItemId(vid), charged, used=demand)
             if not demand:
-                self.tiers[place].policy.expect(ItemId(vid))
+                self.tiers[place].policy.expect(ItemId(vid), next)
 
     async def fill_blocks(
         self, version: ObjectVersion, blocks: range, get: Callable[[], Body], *, demand: bool
@@ -439,10 +459,20 @@ class Residency:
             tier.policy.touched(item)
         self.ledger.used(item)
 
-    def expect(self, vid: bytes, *, expected: bool) -> None:
-        """Keep a whole object for an epoch that will use it, or no longer."""
+    def expect(self, vid: bytes, next: Next = SOME_TIME) -> None:
+        """Keep a whole object for an epoch that will use it."""
         for tier in self.tiers:
-            (tier.policy.expect if expected else tier.policy.release)(ItemId(vid))
+            tier.policy.expect(ItemId(vid), next)
+
+    def release(self, vid: bytes) -> None:
+        """Take `expect` back."""
+        for tier in self.tiers:
+            tier.policy.release(ItemId(vid))
+
+    def passed(self, vid: bytes) -> None:
+        """Note that a scan has read a whole object and gone on."""
+        for tier in self.tiers:
+            tier.policy.passed(ItemId(vid))
 
     def usage(self, vid: bytes, row: VersionRow) -> Usage:
         recent = self._usage.get(vid, Usage())
@@ -559,7 +589,8 @@ class Residency:
             target_place = self._emptiest_disk(charged)
             target = self.tiers[target_place]
             label_bytes = target.files.label_bytes if row.whole else 0
-            is_expected = any(map(source.policy.is_expected, sizes))
+            expected = {item: next for item in sizes if (next := source.policy.next_of(item)) is not None}
+            is_expected = any(not next.later for next in expected.values())
             if not is_expected and target.is_all_expected(charged + label_bytes):
                 return await self._evict_held(source, list(sizes))
             await self.reserve(target_place, charged + label_bytes)
@@ -578,9 +609,9 @@ class Residency:
             await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
                 source.policy.removed(item)
-                target.policy.added(item, size_bytes + label_bytes, used=not is_expected)
-                if is_expected:
-                    target.policy.expect(item)
+                target.policy.added(item, size_bytes + label_bytes, used=item not in expected)
+                if item in expected:
+                    target.policy.expect(item, expected[item])
             source.budget.give_back(charged)
         self.demoted_bytes += charged
         return charged

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy, make_policy
+from cache.policy.due import Next
+from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy
+from cache.policy.policies import make_policy
 
 
-@pytest.fixture(params=["lru", "epoch"])
+@pytest.fixture(params=["lru", "epoch", "auto"])
 def policy(request: pytest.FixtureRequest) -> EvictionPolicy:
     """Each of the policies, empty."""
     return make_policy(request.param)
@@ -175,7 +177,7 @@ def test_what_a_recognised_epoch_expects_leaves_last_and_is_not_to_spare() -> No
     assert (policy.spare_bytes, policy.expected_bytes) == (60, 40)
     assert set(numbers(policy.order(60))) == set(range(40, 100))
     policy.touched(item(0))
-    assert not policy.is_expected(item(0)) and policy.expected_bytes == 39
+    assert policy.next_of(item(0)) is None and policy.expected_bytes == 39
     for number in range(100):
         policy.release(item(number))
     assert policy.expected_bytes == 0 and set(numbers(policy.order(39))) == set(range(1, 40))
@@ -203,7 +205,7 @@ def test_lru_spares_nothing_to_what_nobody_asked_for() -> None:
     policy = filled(LruPolicy(), 10)
     policy.expect(item(0))
     policy.release(item(0))
-    assert (policy.spare_bytes, policy.expected_bytes, policy.is_expected(item(0))) == (0, 0, False)
+    assert (policy.spare_bytes, policy.expected_bytes, policy.next_of(item(0))) == (0, 0, None)
     assert numbers(policy.order(1)) == [0]
 
 
@@ -239,7 +241,7 @@ def test_popular_items_are_served_as_well_as_by_lru() -> None:
 Step = tuple[str, int, int]
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["use", "ahead", "touch", "expect", "release", "remove", "evict", "epoch"]),
+        st.sampled_from(["use", "ahead", "touch", "expect", "plan", "later", "pass", "release", "remove", "evict", "epoch"]),
         st.integers(0, 40),
         st.integers(1, 9),
     ),
@@ -247,7 +249,7 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", ["lru", "epoch"])
+@pytest.mark.parametrize("name", ["lru", "epoch", "auto"])
 @given(steps=STEPS)
 def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[Step]) -> None:
     policy, model = make_policy(name), dict[ItemId, int]()
@@ -260,6 +262,10 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
             policy.touched(one)
         elif verb == "expect":
             policy.expect(one)
+        elif verb in ("plan", "later"):
+            policy.expect(one, Next(size_bytes * 100, later=verb == "later"))
+        elif verb == "pass":
+            policy.passed(one)
         elif verb == "release":
             policy.release(one)
         elif verb == "remove":

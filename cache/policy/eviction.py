@@ -7,9 +7,11 @@ version id, and 4 of group number for a group.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain, islice
 from typing import NewType, Protocol
+
+from cache.policy.due import SOME_TIME, ByDue, Next
 
 ItemId = NewType("ItemId", bytes)
 
@@ -26,20 +28,35 @@ class EvictionPolicy(Protocol):
     def removed(self, item: ItemId) -> None:
         """*item* has left the tier. Unknown items are ignored."""
 
-    def expect(self, item: ItemId) -> None:
-        """A recognised epoch will use *item*: it leaves last. Unknown items are ignored."""
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        """A recognised epoch will use *item*: it leaves last. Unknown items are ignored.
+
+        Of items whose turn is known, what is used last leaves first. What only the epoch after
+        this one uses leaves before all that this one does.
+        """
 
     def release(self, item: ItemId) -> None:
         """Take `expect` back: the epoch went no further."""
 
-    def is_expected(self, item: ItemId) -> bool: ...
+    def passed(self, item: ItemId) -> None:
+        """A scan has read *item* and gone on: nobody will soon. Unknown items are ignored."""
+
+    def next_of(self, item: ItemId) -> Next | None:
+        """Return what `expect` last said of the item and no use has made untrue since, else None."""
 
     @property
-    def expected_bytes(self) -> int: ...
+    def expected_bytes(self) -> int:
+        """Return the bytes of what this epoch of some set is expected to use."""
 
     @property
     def spare_bytes(self) -> int:
         """Return the bytes of what read-ahead may push out: no recognised epoch still needs it."""
+
+    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
+        """Return the bytes, beside `spare_bytes`, of what is used clearly after *due*.
+
+        Counting may stop at *enough_bytes*.
+        """
 
     def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
         """Return the items to evict, first to leave first, so that *need_bytes* come free.
@@ -88,17 +105,23 @@ class LruPolicy:
     def removed(self, item: ItemId) -> None:
         self._items.pop(item, None)
 
-    def expect(self, item: ItemId) -> None:
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
         pass  # It knows of no future.
 
     def release(self, item: ItemId) -> None:
         pass
 
-    def is_expected(self, item: ItemId) -> bool:
-        return False
+    def passed(self, item: ItemId) -> None:
+        pass
+
+    def next_of(self, item: ItemId) -> Next | None:
+        return None
 
     @property
     def expected_bytes(self) -> int:
+        return 0
+
+    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
         return 0
 
     @property
@@ -141,14 +164,16 @@ class _Queue(OrderedDict[ItemId, int]):
 class EpochPolicy:
     """For shuffled epochs: a set that stays is worth more than what came last.
 
-    Each item is in one of six queues, each in order of use. They leave in this order:
+    Each item is in one of eight queues, each in order of use. They leave in this order:
       idle    not used in the whole of the last epoch
       used    used in this epoch, *newest first*: so one miss replaces the last one, and the rest
               stays for the next epoch, however late that is recognised
       again   used a second time since this epoch began: the next one may have begun
+      later   told from outside: when the next epoch will use it. The furthest first
       needed  used in the last epoch or brought unasked, not yet used in this one
       recent  used a moment ago: somebody may still be reading it
-      expected  told from outside: a recognised epoch has not used it yet
+      planned told from outside: when this epoch will use it. The furthest first
+      expected  told from outside: a recognised epoch has not used it yet, and may at any time
     The newest few of `recent` leave after `expected`.
     With random orders and a fraction C of a set cached, an epoch then fetches (1 - C) of it.
     Least recently used first would fetch nearly all of it (0.98 at C = 0.2, 0.85 at 0.5).
@@ -171,6 +196,8 @@ class EpochPolicy:
         self._again = _Queue()
         self._needed = _Queue()
         self._expected = _Queue()
+        self._later: ByDue[ItemId] = ByDue()
+        self._planned: ByDue[ItemId] = ByDue()
         self._recent = _Queue()
         self._recent_again: set[ItemId] = set()  # Those of `recent` that go on to `again`.
         self._gone_unused = 0  # Items that left since one was used.
@@ -210,24 +237,40 @@ class EpochPolicy:
             if self._gone_unused > max(self._AGAIN_MIN, len(self)):
                 self.epoch_began()
 
-    def expect(self, item: ItemId) -> None:
-        if (size_bytes := self._take_out(item)) is not None:
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        if (size_bytes := self._take_out(item)) is None:
+            return
+        if next.due is None:
             self._expected.put(item, size_bytes)
+        else:
+            (self._later if next.later else self._planned).put(item, size_bytes, next.due)
 
     def release(self, item: ItemId) -> None:
-        if (size_bytes := self._expected.take(item)) is not None:
+        if self.next_of(item) is not None and (size_bytes := self._take_out(item)) is not None:
             self._idle.put(item, size_bytes)
 
-    def is_expected(self, item: ItemId) -> bool:
-        return item in self._expected
+    def passed(self, item: ItemId) -> None:
+        pass  # What was used last leaves first in any case.
+
+    def next_of(self, item: ItemId) -> Next | None:
+        if item in self._expected:
+            return SOME_TIME
+        if (due := self._planned.due(item)) is not None:
+            return Next(due)
+        due = self._later.due(item)
+        return None if due is None else Next(due, later=True)
 
     @property
     def expected_bytes(self) -> int:
-        return self._expected.size_bytes
+        return self._expected.size_bytes + self._planned.size_bytes
 
     @property
     def spare_bytes(self) -> int:
-        return sum(queue.size_bytes for queue in (self._idle, self._used, self._again, self._needed))
+        spare = (self._idle, self._used, self._again, self._later, self._needed)
+        return sum(queue.size_bytes for queue in spare)
+
+    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
+        return self._planned.bytes_beyond(due, enough_bytes)
 
     def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
         return _take(self._in_order(), need_bytes, busy)
@@ -244,20 +287,44 @@ class EpochPolicy:
     def __len__(self) -> int:
         return sum(map(len, self._queues()))
 
-    def _queues(self) -> tuple[_Queue, ...]:
-        return self._used, self._needed, self._recent, self._expected, self._again, self._idle
+    def _queues(self) -> tuple[_Queue | ByDue[ItemId], ...]:
+        return (
+            self._used,
+            self._needed,
+            self._recent,
+            self._expected,
+            self._planned,
+            self._later,
+            self._again,
+            self._idle,
+        )
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
-        older = max(0, len(self._recent) - self._IN_HANDS)
+        return chain(self._leave_gladly(), self._leave_late())
+
+    def _leave_gladly(self) -> Iterator[tuple[ItemId, int]]:
+        """Yield what no epoch is known to need, first to leave first."""
         return chain(
             self._idle.items(),
             reversed(self._used.items()),
             self._again.items(),
+            self._later.items(),
             self._needed.items(),
+        )
+
+    def _leave_late(self) -> Iterator[tuple[ItemId, int]]:
+        older = max(0, len(self._recent) - self._IN_HANDS)
+        return chain(
             islice(self._recent.items(), older),
+            self._planned.items(),
             self._expected.items(),
+            self._held(),
             islice(self._recent.items(), older, None),
         )
+
+    def _held(self) -> Iterator[tuple[ItemId, int]]:
+        """Yield what is kept longer than what epochs expect: for those who derive from this."""
+        return iter(())
 
     def _use(self, item: ItemId, size_bytes: int, *, again: bool) -> None:
         self._recent.put(item, size_bytes)
@@ -276,10 +343,3 @@ class EpochPolicy:
             if item in queue:
                 return queue.take(item)
         return None
-
-
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LruPolicy, "epoch": EpochPolicy}
-
-
-def make_policy(name: str) -> EvictionPolicy:
-    return POLICIES[name]()

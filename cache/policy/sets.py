@@ -71,6 +71,8 @@ class Upcoming(Protocol):
 
     name: str  # `sluice status` shows it: "unknown", "told", "torch RandomSampler seed 0", ...
     is_known: bool  # Then it says itself how far ahead to go; else the set's caution does.
+    changes: int  # How often what `due` and `due_later` say has become another order's.
+    lead_s: float  # Told by who fetches: how long before its use a member has to be asked for.
 
     def used(self, place: int, now_s: float) -> None:
         """A member was used the first time in this epoch. *now_s*: on the clock of the uses."""
@@ -86,12 +88,23 @@ class Upcoming(Protocol):
         place that was reached last.
         """
 
+    def put_back(self, place: int) -> None:
+        """The member returned last could not be fetched now: there is no room."""
+
+    def due(self, place: int) -> int | None:
+        """Return which use of the set, over all epochs, the member's in this one is; None: not known."""
+
+    def due_later(self, place: int) -> int | None:
+        """Return the same of its use in the next epoch."""
+
 
 class ListingOrder:
     """While nothing is known of the order: what is cheap for the lake. In a scan, what comes next."""
 
     name = "unknown"
     is_known = False
+    changes = 0
+    lead_s = 0.0
 
     def used(self, place: int, now_s: float) -> None:
         pass
@@ -102,6 +115,15 @@ class ListingOrder:
     def next_place(self, status: bytearray, frontier: int | None) -> int | None:
         place = status.find(OPEN, 0 if frontier is None else frontier)
         return None if place < 0 else place
+
+    def put_back(self, place: int) -> None:
+        pass
+
+    def due(self, place: int) -> int | None:
+        return None
+
+    def due_later(self, place: int) -> int | None:
+        return None
 
 
 MakeUpcoming = Callable[[Members], Upcoming]
@@ -289,6 +311,7 @@ class SampleSet:
         if self.status[place] == AHEAD:
             self.status[place] = OPEN
             self._ahead_count -= 1
+            self.upcoming.put_back(place)
 
     @property
     def _unused_ahead(self) -> int:

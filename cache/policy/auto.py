@@ -1,0 +1,102 @@
+"""The eviction policy that switches by what is seen: epochs, scans, and files read again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from cache.policy.due import SOME_TIME, ByDue, Next
+from cache.policy.eviction import EpochPolicy, ItemId, _Queue
+
+_HOT_USES_MIN = 3  # The second use may be the next epoch's.
+_HOT_TIMES_MEAN = 3  # In epochs, all are used about equally often.
+_HOT_SHARE_MAX = 2  # Of the tier's content at most this part is held for being hot.
+
+
+class AutoPolicy(EpochPolicy):
+    """`EpochPolicy`, with two queues more:
+
+      scanned  leaves before all others, newest first: a scan has read it once and gone on (`passed`),
+               so what it brings next takes its place, and nobody else's
+      hot      leaves after `expected`, least recently used first: used three times as often as the
+               rest. Each of its items would be fetched again within moments
+
+    What only scans have used says nothing about epochs: its leaving does not end one.
+    Uses are halved at the end of each epoch, so that what was hot once does not stay for ever.
+    Invariants: `_uses` has the items that are here, `_uses_sum` is its sum.
+    """
+
+    name = "auto"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scanned = _Queue()
+        self._hot = _Queue()
+        self._uses: dict[ItemId, int] = {}
+        self._uses_sum = 0
+
+    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
+        super().added(item, size_bytes, used=used)
+        self._set_uses(item, int(used))
+
+    def touched(self, item: ItemId) -> None:
+        if item in self._hot:
+            self._hot.move_to_end(item)
+            self._set_uses(item, self._uses[item] + 1)
+            self._gone_unused = 0
+            return
+        is_new_use = item not in self._recent  # Else it may be the next piece of the same file.
+        super().touched(item)
+        if is_new_use and item in self._uses:
+            self._set_uses(item, self._uses[item] + 1)
+            self._heat(item)
+
+    def removed(self, item: ItemId) -> None:
+        if self._scanned.take(item) is None:
+            super().removed(item)
+        self._set_uses(item, None)
+
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        if item not in self._hot:  # Which leaves later still.
+            super().expect(item, next)
+
+    def passed(self, item: ItemId) -> None:
+        is_scanned_only = self._uses.get(item, 0) <= 1 and (item in self._recent or item in self._used)
+        if is_scanned_only and (size_bytes := self._take_out(item)) is not None:
+            self._scanned.put(item, size_bytes)
+
+    def epoch_began(self) -> None:
+        super().epoch_began()
+        self._uses = {item: uses // 2 for item, uses in self._uses.items()}
+        self._uses_sum = sum(self._uses.values())
+        for item in [item for item in self._hot if self._uses[item] < _HOT_USES_MIN]:
+            self._needed.put(item, self._hot.take(item) or 0)
+
+    @property
+    def spare_bytes(self) -> int:
+        return super().spare_bytes + self._scanned.size_bytes
+
+    def _queues(self) -> tuple[_Queue | ByDue[ItemId], ...]:
+        return (*super()._queues(), self._scanned, self._hot)
+
+    def _leave_gladly(self) -> Iterator[tuple[ItemId, int]]:
+        return chain(reversed(self._scanned.items()), super()._leave_gladly())
+
+    def _held(self) -> Iterator[tuple[ItemId, int]]:
+        return iter(self._hot.items())
+
+    def _set_uses(self, item: ItemId, uses: int | None) -> None:
+        self._uses_sum += (uses or 0) - self._uses.pop(item, 0)
+        if uses is not None:
+            self._uses[item] = uses
+
+    def _heat(self, item: ItemId) -> None:
+        """Hold the item if it is used far more often than the others; let go of what is too much."""
+        uses = self._uses[item]
+        if uses < _HOT_USES_MIN or uses * len(self._uses) < _HOT_TIMES_MEAN * self._uses_sum:
+            return
+        self._hot.put(item, self._take_out(item) or 0)
+        total_bytes = sum(queue.size_bytes for queue in self._queues())
+        while self._hot.size_bytes * _HOT_SHARE_MAX > total_bytes:
+            coldest = next(iter(self._hot))
+            self._needed.put(coldest, self._hot.take(coldest) or 0)
