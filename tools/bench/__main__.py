@@ -24,6 +24,7 @@ from tools.bench import (
     namespace_memory,
     opens,
     order_found,
+    order_known,
     sequential,
     set_ahead,
     small_writes,
@@ -47,6 +48,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Figure]]] = {
         find,
         namespace_memory,
         order_found,
+        order_known,
         checkpoint,
         small_writes,
     )

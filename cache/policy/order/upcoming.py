@@ -32,7 +32,6 @@ _BATCH = 64
 _AHEAD_MIN = 48
 _AHEAD_TIMES = 2.0
 _REFILL_SHARE = 8  # What comes next is looked up once so much of the window is free.
-_RATE_USES = 64  # Uses by whose times the rate of reading is judged.
 
 
 class Fallback(Protocol):
@@ -54,6 +53,32 @@ class Order:
     spec: Spec | None = None
     listing: Listing | None = None
     told: ToldSampler | None = None
+
+
+class _Rate:
+    """How many files a second are read, batches and pauses averaged out."""
+
+    _BIN_S, _PAUSE_S, _SOON_S = 1.0, 4.0, 0.25
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._began_s, self._uses = -1.0, 0
+
+    def used(self, now_s: float) -> None:
+        if self._began_s < 0:
+            self._began_s = now_s
+        self._uses += 1
+        span_s = now_s - self._began_s
+        if span_s < self._BIN_S:
+            return
+        if span_s < self._PAUSE_S:
+            rate = self._uses / span_s
+            self._rate = (self._rate + rate) / 2 if self._rate else rate
+        self._began_s, self._uses = now_s, 0
+
+    def per_s(self, now_s: float) -> float:
+        """Return the rate; of the first second what is known of it."""
+        return self._rate or self._uses / max(self._SOON_S, now_s - self._began_s)
 
 
 class OrderedUpcoming:
@@ -82,7 +107,8 @@ class OrderedUpcoming:
         self.lead_s = 0.0
         self._order: Order | None = None
         self._then: Order | None = None  # The next epoch's, if it follows from this one's.
-        self._used_at_s: deque[float] = deque(maxlen=_RATE_USES)
+        self._rate = _Rate()
+        self._now_s = 0.0  # When the last use was.
         self._opened: list[int] = []
         self._finder: Finder | None = Finder(count, get_paths)
         self._is_searching = False
@@ -100,7 +126,8 @@ class OrderedUpcoming:
         """A member was used for the first time in this epoch."""
         self._fallback.used(place, now_s)
         self._ahead.discard(place)
-        self._used_at_s.append(now_s)
+        self._now_s = max(self._now_s, now_s)
+        self._rate.used(self._now_s)
         self._is_exhausted = False
         if len(self._opened) < _OPENS_KEPT_MAX:
             self._opened.append(place)
@@ -169,11 +196,8 @@ class OrderedUpcoming:
 
     def _window(self) -> int:
         """Return how many files to have fetched before they are read: as few as the lake's latency allows."""
-        if len(self._used_at_s) < _RATE_USES:
-            return _AHEAD_MIN + _BATCH
-        took_s = self._used_at_s[-1] - self._used_at_s[0]
-        rate = len(self._used_at_s) / max(took_s, 1e-3)
-        return min(self._count, max(_AHEAD_MIN, int(_AHEAD_TIMES * rate * self.lead_s)))
+        uses = _AHEAD_TIMES * self._rate.per_s(self._now_s) * self.lead_s
+        return min(self._count, max(_AHEAD_MIN, int(uses)))
 
     def _find(self, finder: Finder) -> None:
         opened = self._opened[:OPENS_MAX]
