@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ import trio
 from cache.errors import CacheFull, LakeUnavailable, SluiceError
 from cache.fetcher import Fetcher
 from cache.index import Index
+from cache.keeping import Keeping, Kept
 from cache.lake_io import LakeIO
 from cache.model import SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
 from cache.policy.due import Next
@@ -41,7 +41,6 @@ _IDLE_S = 120.0  # Nothing is fetched for a set that nobody has used for so long
 _RELEASE_S = 300.0  # and what it still needed is given up where another one needs room.
 _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed again,
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
-_BEHIND = 32  # Uses after which nobody is still at the file.
 # A hit is told of up to a quarter of a second late (see Filesystem), and read-ahead learns of it then.
 _TOLD_LATE_S = 0.25
 _LEAD_WEIGHT = 0.125  # Of each fetch, in what is known of how long they take.
@@ -63,9 +62,7 @@ class Followed:
     surveyed_at_s: float = 0.0
     has_no_room: bool = False
     waits_for_use: bool = False  # A fetch failed: none is tried before somebody reads of the set again.
-    behind: deque[int] = field(default_factory=deque)  # Places used a moment ago.
-    order_seen: int = 0  # Of `Upcoming.changes`, when what is resident was told what comes next.
-    is_replanning: bool = False
+    kept: Kept = field(default_factory=Kept)
 
 
 class SetReadAhead:
@@ -90,6 +87,7 @@ class SetReadAhead:
         self._residency = residency
         self._fetcher = fetcher
         self._survey = survey
+        self._keeping = Keeping(index, residency)
         self._make_upcoming = make_upcoming
         self._clock = clock
         self._recogniser = Recogniser()
@@ -125,7 +123,7 @@ class SetReadAhead:
                 if followed.samples.used(place, now_s):
                     self._epoch_began(followed)
                 followed.is_released = followed.waits_for_use = False
-                self._leave_behind(followed, place)
+                self._keeping.used(followed.samples, followed.kept, place)
                 self._follow_order(followed)
                 self._wake.set()
                 return
@@ -173,68 +171,6 @@ class SetReadAhead:
         if followed.samples.strangers >= _STRANGERS_MAX and is_due and not followed.is_surveying:
             followed.is_surveying = True
             self._nursery.start_soon(self._guarded, self._follow_growth, followed)
-
-    # What readers have left behind
-
-    def _leave_behind(self, followed: Followed, place: int) -> None:
-        """Tell what becomes of a member that was used a moment ago: when next, or not soon again."""
-        followed.behind.append(place)
-        if len(followed.behind) <= _BEHIND:
-            return
-        samples, place = followed.samples, followed.behind.popleft()
-        due = samples.upcoming.due_later(place)
-        is_scanned = samples.epoch == 1 and samples.pattern is Pattern.SCAN
-        if not is_scanned and (due is None or self._fits(followed)):
-            return
-        node = self._index.node(samples.members.inodes[place])
-        if node is None or not node.vid:
-            return
-        if is_scanned:
-            self._residency.passed(node.vid)
-        else:
-            self._residency.expect(node.vid, Next(due, later=True))
-
-    def _fits(self, followed: Followed) -> bool:
-        """Return whether all of the set may be cached: then nothing of it need be told apart."""
-        return followed.samples.members.total_bytes < self._residency.size_bytes // 2
-
-    def _follow_order(self, followed: Followed) -> None:
-        """Once what is known of the order has changed, tell what is resident when it will be used."""
-        changes = followed.samples.upcoming.changes
-        if changes == followed.order_seen or followed.is_replanning or followed.samples.epoch == 0:
-            return
-        if self._fits(followed):
-            followed.order_seen = changes
-            return
-        followed.is_replanning = True
-        self._nursery.start_soon(self._guarded, self._replan, followed)
-
-    async def _replan(self, followed: Followed) -> None:
-        try:
-            followed.order_seen = followed.samples.upcoming.changes
-            samples = followed.samples
-            for place, inode in enumerate(samples.members.inodes):
-                if place % _CHUNK == 0:
-                    await trio.lowlevel.checkpoint()
-                    if followed.samples is not samples or self._is_broken:
-                        return
-                vid = self._resident(inode)
-                if vid is not None:
-                    self._expect(samples, place, vid)
-        finally:
-            followed.is_replanning = False
-            self._wake.set()
-
-    def _expect(self, samples: SampleSet, place: int, vid: bytes) -> None:
-        """Have a resident member kept for its next use, as far as that is known."""
-        upcoming, is_used = samples.upcoming, samples.is_used(place)
-        due = None if is_used else upcoming.due(place)
-        if due is not None or not (is_used or upcoming.is_known):
-            self._residency.expect(vid, Next(due))
-        elif (due := upcoming.due_later(place)) is not None:
-            self._residency.expect(vid, Next(due, later=True))
-        elif not is_used:
-            self._residency.release(vid)  # The order leaves it out: others read it, or nobody.
 
     # Sets
 
@@ -335,22 +271,10 @@ class SetReadAhead:
                     return
             if samples.is_used(place):
                 continue
-            vid = self._resident(inode)
+            vid = self._keeping.resident(inode)
             if vid is not None:
                 samples.found_resident(place)
-                self._expect(samples, place, vid)
-
-    def _resident(self, inode: int) -> bytes | None:
-        """Return the version id of a file that is cached whole."""
-        node = self._index.node(inode)
-        return node.vid if node is not None and node.vid and self._is_cached(node) else None
-
-    def _is_cached(self, node: Node) -> bool:
-        """Return whether nothing has to be fetched: it is cached whole, or no object of the lake (yet)."""
-        if not node.vid or node.staged:
-            return True
-        row = self._index.version(node.vid)
-        return row is not None and row.whole
+                self._keeping.expect(samples, place, vid)
 
     async def _release(self, followed: Followed) -> None:
         """Give up what an idle set still needed: another one wants the room."""
@@ -363,6 +287,15 @@ class SetReadAhead:
             if node is not None and node.vid:
                 self._residency.release(node.vid)
         followed.is_looked_over, followed.evicted_bytes_seen = True, -1  # Its next epoch looks again.
+        self._wake.set()
+
+    def _follow_order(self, followed: Followed) -> None:
+        """Once something else is known of the order, tell what is resident when it will be used."""
+        if followed.samples.epoch and self._keeping.has_news(followed.samples, followed.kept):
+            self._nursery.start_soon(self._guarded, self._replan, followed)
+
+    async def _replan(self, followed: Followed) -> None:
+        await self._keeping.replan(followed.samples, followed.kept, lambda: not self._is_broken)
         self._wake.set()
 
     # Fetching
@@ -435,7 +368,7 @@ class SetReadAhead:
         """Start the fetch of a member. Few look-ups: each waits for the lake threads to let go of the GIL."""
         samples, inode = followed.samples, followed.samples.members.inodes[place]
         node = self._index.node(inode)
-        if node is None or self._is_cached(node):
+        if node is None or self._keeping.is_cached(node):
             samples.need_not(place)
             return
         next = Next(samples.upcoming.due(place))
@@ -530,4 +463,4 @@ class SetReadAhead:
     def _cached_share(self, members: Members) -> float:
         """Return the share of the members that are cached whole; of many, by a sample."""
         sample = members.inodes[:: max(1, len(members) * len(self._sets) // _SAMPLE)]
-        return sum(self._resident(inode) is not None for inode in sample) / len(sample)
+        return sum(self._keeping.resident(inode) is not None for inode in sample) / len(sample)

@@ -215,9 +215,7 @@ class Fetcher:
                 raise  # Else a reader has come to wait for it, and may push out more.
             await self._fill(version, group, flight, demand=True)
 
-    async def _fill(
-        self, version: ObjectVersion, group: GroupIndex, flight: Flight, *, demand: bool
-    ) -> None:
+    async def _fill(self, version: ObjectVersion, group: GroupIndex, flight: Flight, *, demand: bool) -> None:
         mask = flight.mask
         first = (mask & -mask).bit_length() - 1 + group * GROUP_BLOCKS
         blocks = range(first, mask.bit_length() + group * GROUP_BLOCKS)

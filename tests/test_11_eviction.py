@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.policy.auto import AutoPolicy
 from cache.policy.due import Next
 from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy
 from cache.policy.policies import make_policy
@@ -210,9 +212,12 @@ def test_lru_spares_nothing_to_what_nobody_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("share", "from_epoch"), [(0.2, 2), (0.5, 1), (0.8, 1)])
-def test_shuffled_epochs_fetch_little_more_than_what_does_not_fit(share: float, from_epoch: int) -> None:
+@pytest.mark.parametrize("policy_of", [EpochPolicy, AutoPolicy])
+def test_shuffled_epochs_fetch_little_more_than_what_does_not_fit(
+    share: float, from_epoch: int, policy_of: type[EpochPolicy]
+) -> None:
     """The optimum is 1 - share. A first pass over more than twice the tier costs one epoch more."""
-    shares = epoch_shares(EpochPolicy(), 1500, share, 7)
+    shares = epoch_shares(policy_of(), 1500, share, 7)
     assert shares[0] == 1.0
     for fetched_share in shares[from_epoch:]:
         assert 1 - share - 0.001 <= fetched_share <= 1 - share + 0.035
@@ -236,12 +241,116 @@ def test_popular_items_are_served_as_well_as_by_lru() -> None:
     draws = random.Random(3).choices(range(1000), weights, k=10_000)
     by_epoch, by_lru = (fetched(make_policy(name), draws, 300) for name in ("epoch", "lru"))
     assert by_epoch < 1.05 * by_lru
+    assert fetched(make_policy("auto"), draws, 300) < 1.05 * by_lru
+
+
+def test_of_what_is_used_at_a_known_time_the_last_leaves_first() -> None:
+    policy = filled(EpochPolicy(), 8, used=False)
+    for number, due in enumerate((700, 100, 500, 300)):
+        policy.expect(item(number), Next(due))
+    policy.expect(item(4), Next(2000, later=True))
+    policy.expect(item(5), Next(1000, later=True))
+    assert numbers(policy.order(8)) == [4, 5, 6, 7, 0, 2, 3, 1]
+    assert (policy.spare_bytes, policy.expected_bytes) == (4, 4)
+    assert policy.next_of(item(5)) == Next(1000, later=True) and policy.next_of(item(6)) is None
+    policy.touched(item(4))
+    assert policy.next_of(item(4)) is None
+
+
+def test_what_is_due_after_it_makes_room_for_what_is_due_before() -> None:
+    policy = filled(EpochPolicy(), 1000, used=False)
+    for number in range(1000):
+        policy.expect(item(number), Next(number))
+    assert policy.bytes_beyond(0, 10_000) > 800
+    assert policy.bytes_beyond(1000, 10_000) == 0
+    assert 50 <= policy.bytes_beyond(0, 50) <= 200
+
+
+def test_with_the_next_order_known_what_is_needed_first_in_the_next_epoch_stays() -> None:
+    """No epoch can fetch less than what does not fit. By next use, all that fits is hit at its beginning."""
+    generator, count, held = random.Random(4), 1000, 200
+    orders = [generator.sample(range(count), count) for _ in range(6)]
+    policy = EpochPolicy()
+    for epoch, (order, then) in enumerate(pairwise(orders)):
+        position = {number: place for place, number in enumerate(then)}
+        missed = []
+        for number in order:
+            missed.append(fetched(policy, [number], held))
+            policy.expect(item(number), Next((epoch + 1) * count + position[number], later=True))
+        if epoch:
+            assert sum(missed) <= count - held + 70 and sum(missed[: held - 70]) == 0
+
+
+def test_a_scan_takes_only_what_it_brought_itself() -> None:
+    policy = filled(AutoPolicy(), 300)
+    for number in range(1000, 4000):
+        assert fetched(policy, [number], 300)
+        if number >= 1032:
+            policy.passed(item(number - 32))
+    kept = sum(policy.size_of(item(number)) is not None for number in range(300))
+    assert kept >= 300 - 64
+    by_lru = filled(LruPolicy(), 300)
+    fetched(by_lru, range(1000, 4000), 300)
+    assert not any(by_lru.size_of(item(number)) for number in range(300))
+
+
+def test_what_a_scan_met_that_others_use_keeps_its_rank() -> None:
+    policy = filled(AutoPolicy(), 100)
+    policy.expect(item(7))
+    fetched(policy, [3, 50, 3], 100)
+    for number in (3, 7):
+        policy.passed(item(number))
+    policy.passed(item(999))  # Not there (any more).
+    assert numbers(policy.order(1)) not in ([3], [7])
+
+
+def test_files_that_are_read_again_and_again_stay_while_epochs_go_by() -> None:
+    generator, policy = random.Random(5), AutoPolicy()
+    missed = 0
+    for epoch in range(6):
+        for step, number in enumerate(generator.sample(range(2000), 2000)):
+            fetched(policy, [number], 400)
+            if step % 10 == 0:
+                missed += fetched(policy, [10_000 + step // 10 % 20], 400) * (epoch > 0)
+    assert missed <= 20  # Of 1,000 reads.
+
+
+def test_what_was_hot_once_leaves_in_the_end() -> None:
+    policy = AutoPolicy()
+    for number in [*range(10)] * 20 + [*range(100, 300)]:
+        fetched(policy, [number], 100)
+    assert all(policy.size_of(item(number)) for number in range(10))
+    for seed in range(8):
+        fetched(policy, random.Random(seed).sample(range(1000, 1300), 300), 100)
+    assert not any(policy.size_of(item(number)) for number in range(10))
+
+
+def test_hot_files_take_at_most_half_of_the_tier() -> None:
+    policy = filled(AutoPolicy(), 100)
+    for _ in range(9):
+        for number in range(80):
+            policy.touched(item(number))
+    assert policy._hot.size_bytes <= 50
 
 
 Step = tuple[str, int, int]
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["use", "ahead", "touch", "expect", "plan", "later", "pass", "release", "remove", "evict", "epoch"]),
+        st.sampled_from(
+            [
+                "use",
+                "ahead",
+                "touch",
+                "expect",
+                "plan",
+                "later",
+                "pass",
+                "release",
+                "remove",
+                "evict",
+                "epoch",
+            ]
+        ),
         st.integers(0, 40),
         st.integers(1, 9),
     ),

@@ -30,8 +30,8 @@ from cache.mover import open_index
 from cache.opens import OpenTable
 from cache.pending import PendingTable
 from cache.places import Tier
-from cache.policy.policies import make_policy
 from cache.policy.freshness import Freshness
+from cache.policy.policies import make_policy
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
 from cache.records import Node

@@ -62,8 +62,8 @@ def _figure(
     epochs = "both epochs" if how == "told" else "the first epoch"
     return Figure(
         name=f"{NAME}-{how}",
-        what=f"share of {epochs} that {LOADERS} loaders wait, order {how}: lake {LATENCY_S * 1000:.0f} ms away"
-        f" with {HEADROOM:g} times what they consume, {SHARE:.0%} of the set cached",
+        what=f"share of {epochs} that {LOADERS} loaders wait, order {how}: {SHARE:.0%} of the set cached,"
+        f" lake {LATENCY_S * 1000:.0f} ms away with {HEADROOM:g} times what they consume",
         unit="share",
         ours=shares,
         target=Target(at_most=at_most),
@@ -112,14 +112,18 @@ def _order(files: Sequence[str], mode: str, number: int, epoch: int) -> list[str
     """Return the files as torch's samplers shuffle them, or as nobody can know."""
     from cache.policy.order.spec import Spec
 
-    seed = SEED if mode != "unknown" else 10**12 + number * EPOCHS + epoch
-    return [files[place] for place in Spec("torch", seed, epoch if mode != "unknown" else 0, "reseed").order(len(files))]
+    known = mode != "unknown"
+    seed = SEED if known else 10**12 + number * EPOCHS + epoch
+    places = Spec("torch", seed, epoch if known else 0, "reseed").order(len(files))
+    return [files[place] for place in places]
 
 
 def _tell(mount: Mounted, work: Path) -> None:
     hint = work / "hint"
     hint.write_text(f"sampler=torch seed={SEED} advance=reseed\n")
-    subprocess.run([sluice_command(), "hint", str(hint), str(mount.directory)], check=True, capture_output=True)
+    subprocess.run(
+        [sluice_command(), "hint", str(hint), str(mount.directory)], check=True, capture_output=True
+    )
 
 
 def _hit_s(settings: Settings, endpoint: Endpoint, keys: Sequence[str]) -> float:

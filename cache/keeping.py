@@ -1,0 +1,111 @@
+"""Tells the tiers when the members of a sample set are used next, so that the right ones stay.
+
+With an order known, what this epoch or the next one uses last leaves first. What a first scan has read
+and left behind leaves before everything else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from cache.index import Index
+from cache.policy.due import Next
+from cache.policy.sets import Pattern, SampleSet
+from cache.records import Node
+from cache.residency import Residency
+
+_BEHIND = 32  # Uses after which nobody is still at the file.
+_CHUNK = 200  # Members looked at in one go: about two milliseconds.
+_FITS_SHARE = 2  # A set of at most this part of the tiers is kept as a whole.
+
+
+@dataclass(slots=True)
+class Kept:
+    """What the tiers have been told of one set. *order_seen*: `Upcoming.changes` at that time."""
+
+    behind: deque[int] = field(default_factory=deque)  # Places used a moment ago.
+    order_seen: int = 0
+    is_replanning: bool = False
+
+
+class Keeping:
+    """For the mover's trio thread. Changes nothing but ranks: whatever it tells, no read fails by it."""
+
+    def __init__(self, index: Index, residency: Residency) -> None:
+        self._index = index
+        self._residency = residency
+
+    def used(self, samples: SampleSet, kept: Kept, place: int) -> None:
+        """A member was used: of one used a while ago, tell when next, or that it is not soon."""
+        kept.behind.append(place)
+        if len(kept.behind) <= _BEHIND:
+            return
+        place = kept.behind.popleft()
+        due = samples.upcoming.due_later(place)
+        # A tree that is read in its order again and again is a training that does not shuffle.
+        is_scanned = samples.epoch == 1 and samples.pattern is Pattern.SCAN
+        if not is_scanned and (due is None or self.fits(samples)):
+            return
+        node = self._index.node(samples.members.inodes[place])
+        if node is None or not node.vid:
+            return
+        if is_scanned:
+            self._residency.passed(node.vid)
+        else:
+            self._residency.expect(node.vid, Next(due, later=True))
+
+    def fits(self, samples: SampleSet) -> bool:
+        """Return whether all of the set may be cached: then nothing of it need be told apart."""
+        return samples.members.total_bytes * _FITS_SHARE < self._residency.size_bytes
+
+    def has_news(self, samples: SampleSet, kept: Kept) -> bool:
+        """Return whether `replan` is to be called: the set's order was found, dropped, or led further."""
+        if samples.upcoming.changes == kept.order_seen or kept.is_replanning:
+            return False
+        if self.fits(samples):
+            kept.order_seen = samples.upcoming.changes
+            return False
+        kept.is_replanning = True
+        return True
+
+    async def replan(self, samples: SampleSet, kept: Kept, go_on: Callable[[], bool]) -> None:
+        """Tell of all resident members when they are used next, as long as *go_on* says so."""
+        try:
+            kept.order_seen = samples.upcoming.changes
+            for place, inode in enumerate(samples.members.inodes):
+                if place % _CHUNK == 0:
+                    await trio.lowlevel.checkpoint()
+                    if not go_on():
+                        return
+                vid = self.resident(inode)
+                if vid is not None:
+                    self.expect(samples, place, vid)
+        finally:
+            kept.is_replanning = False
+
+    def expect(self, samples: SampleSet, place: int, vid: bytes) -> None:
+        """Have a resident member kept for its next use, as far as that is known."""
+        upcoming, is_used = samples.upcoming, samples.is_used(place)
+        due = None if is_used else upcoming.due(place)
+        if due is not None or not (is_used or upcoming.is_known):
+            self._residency.expect(vid, Next(due))
+        elif (due := upcoming.due_later(place)) is not None:
+            self._residency.expect(vid, Next(due, later=True))
+        elif not is_used:
+            self._residency.release(vid)  # The order leaves it out: others read it, or nobody.
+
+    def resident(self, inode: int) -> bytes | None:
+        """Return the version id of a file that is cached whole."""
+        node = self._index.node(inode)
+        return node.vid if node is not None and node.vid and self.is_cached(node) else None
+
+    def is_cached(self, node: Node) -> bool:
+        """Return whether nothing has to be fetched: it is cached whole, or no object of the lake (yet)."""
+        if not node.vid or node.staged:
+            return True
+        row = self._index.version(node.vid)
+        return row is not None and row.whole
