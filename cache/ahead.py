@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
 
 from cache.errors import CacheFull, LakeUnavailable, SluiceError
-from cache.fetcher import Fetcher
+from cache.fetcher import Fetcher, Started
 from cache.index import Index
 from cache.keeping import Keeping, Kept
 from cache.lake_io import LakeIO
@@ -368,7 +369,7 @@ class SetReadAhead:
         """Start the fetch of a member. Few look-ups: each waits for the lake threads to let go of the GIL."""
         samples, inode = followed.samples, followed.samples.members.inodes[place]
         node = self._index.node(inode)
-        if node is None or self._keeping.is_cached(node):
+        if node is None or not node.vid or node.staged:
             samples.need_not(place)
             return
         next = Next(samples.upcoming.due(place))
@@ -379,9 +380,15 @@ class SetReadAhead:
             return
         followed.has_no_room = False
         version = ObjectVersion(self._key_of(node), node.etag, node.size_bytes, node.vid)
+        done = partial(self._fetched, followed, place, version, trio.current_time())
+        started = self._fetcher.fetch_ahead_nowait(version, next, done)
+        if started is Started.RESIDENT:
+            samples.need_not(place)
+            return
         self._under_way += 1
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
-        self._nursery.start_soon(self._fetch, followed, place, version, next)
+        if started is Started.MUST_WAIT:
+            self._nursery.start_soon(self._fetch, version, next, done)
 
     def _key_of(self, node: Node) -> str:
         """Return the file's key. That of its directory may be old: then the lake has no such object."""
@@ -395,22 +402,40 @@ class SetReadAhead:
             folder = self._folders[node.parent] = f"{path}/" if path else ""
         return folder + os.fsdecode(node.name)
 
-    async def _fetch(self, followed: Followed, place: int, version: ObjectVersion, next: Next) -> None:
-        samples, began_s = followed.samples, trio.current_time()
+    async def _fetch(
+        self, version: ObjectVersion, next: Next, done: Callable[[SluiceError | None], None]
+    ) -> None:
+        failure: SluiceError | None = SluiceError("the mover is stopping")
         try:
             await self._fetcher.fetch_ahead(version, next)
-            self._parallelism.landed(version.size_bytes, trio.current_time())
-            self._note_lead(samples, trio.current_time() - began_s)
+            failure = None
         except SluiceError as error:
-            self._residency.ledger.not_fetched(version.id)
-            if isinstance(error, CacheFull | LakeUnavailable):
-                samples.put_back(place)
-                followed.waits_for_use = True
-            else:
-                samples.need_not(place)  # Who reads it gets the error, if it still holds then.
+            failure = error
         finally:
-            self._under_way -= 1
-            self._wake.set()
+            done(failure)
+
+    def _fetched(
+        self,
+        followed: Followed,
+        place: int,
+        version: ObjectVersion,
+        began_s: float,
+        error: SluiceError | None,
+    ) -> None:
+        """A member is resident, or could not be fetched."""
+        samples, now_s = followed.samples, trio.current_time()
+        self._under_way -= 1
+        self._wake.set()
+        if error is None:
+            self._parallelism.landed(version.size_bytes, now_s)
+            self._note_lead(samples, now_s - began_s)
+            return
+        self._residency.ledger.not_fetched(version.id)
+        if isinstance(error, CacheFull | LakeUnavailable):
+            samples.put_back(place)
+            followed.waits_for_use = True
+        else:
+            samples.need_not(place)  # Who reads it gets the error, if it still holds then.
 
     def _note_lead(self, samples: SampleSet, took_s: float) -> None:
         """Keep an average of how long before its use a member has to be asked for."""

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 
 import trio
@@ -27,12 +28,21 @@ from cache.model import (
 from cache.policy.due import SOME_TIME, Next
 from cache.policy.eviction import ItemId
 from cache.policy.readahead import SequentialReadAhead
+from cache.quick import QuickFills
 from cache.records import range_mask
 from cache.residency import Residency
 
 log = logging.getLogger(__name__)
 
 FlightKey = tuple[bytes, GroupIndex]
+
+
+class Started(Enum):
+    """What `fetch_ahead_nowait` did."""
+
+    UNDER_WAY = 1
+    RESIDENT = 2  # Nothing: it is there.
+    MUST_WAIT = 3  # Nothing: that is for `fetch_ahead`.
 
 
 @dataclass(eq=False)
@@ -44,6 +54,7 @@ class Flight:
     error: SluiceError | None = None
     demanded: trio.Event = field(default_factory=trio.Event)  # A reader waits for it.
     next: Next = SOME_TIME  # Of a small object that nobody asked for: when it will be used.
+    failed: BaseException | None = None  # What its first attempt raised, if nobody has dealt with it yet.
 
 
 class Fetcher:
@@ -57,12 +68,14 @@ class Fetcher:
         residency: Residency,
         readahead: SequentialReadAhead | None,
         ahead_flights_max: int,
+        quick: QuickFills | None = None,
     ) -> None:
         self._nursery = nursery
         self._lake = lake
         self._index = index
         self._residency = residency
         self._readahead = readahead
+        self._quick = quick
         self._ahead_slots = trio.CapacityLimiter(ahead_flights_max)
         # Invariant: the masks of one key's flights are disjoint, and disjoint from what is present.
         self._flights: dict[FlightKey, list[Flight]] = {}
@@ -94,6 +107,55 @@ class Fetcher:
         assert version.size_bytes <= SMALL_OBJECT_BYTES_MAX, version
         blocks = range(block_count(version.size_bytes))
         await self._await_all(self._join(version, blocks, demand=False, next=next))
+
+    def fetch_ahead_nowait(
+        self, version: ObjectVersion, next: Next, then: Callable[[SluiceError | None], None]
+    ) -> Started:
+        """Start what `fetch_ahead` does, as far as nothing has to be waited for.
+
+        *then* is called later, if it says UNDER_WAY, with what `fetch_ahead` would raise, or None.
+        """
+        vid, key = version.id, (bytes(version.id), GroupIndex(0))
+        if self._quick is None or key in self._flights or self._lake.failing_since_s is not None:
+            return Started.MUST_WAIT
+        row = self._index.version(vid)
+        if row is not None:
+            return Started.RESIDENT if row.whole else Started.MUST_WAIT
+        flight = Flight(range_mask(0, block_count(version.size_bytes) - 1), next=next)
+        get = partial(self._lake.get, version, 0, version.size_bytes)
+        if not self._quick.start(version, get, next, partial(self._quick_done, version, key, flight, then)):
+            return Started.MUST_WAIT
+        self._flights[key] = [flight]  # No await since the look: see _join.
+        return Started.UNDER_WAY
+
+    def _quick_done(
+        self,
+        version: ObjectVersion,
+        key: FlightKey,
+        flight: Flight,
+        then: Callable[[SluiceError | None], None],
+        error: BaseException | None,
+    ) -> None:
+        """Land the flight; after a failure, start it anew with retries and what else takes waiting."""
+        if error is None:
+            self._lake.note_success()
+            self._end(key, flight)
+            then(None)
+            return
+        flight.failed = error
+        self._nursery.start_soon(self._fly_again, version, key, flight, then)
+
+    async def _fly_again(
+        self,
+        version: ObjectVersion,
+        key: FlightKey,
+        flight: Flight,
+        then: Callable[[SluiceError | None], None],
+    ) -> None:
+        try:
+            await self._fly(version, key, flight)
+        finally:
+            then(flight.error)
 
     def read_seen(self, version: ObjectVersion, offset: int, length: int, *, stalled: bool) -> None:
         """Tell the read-ahead of a read, and start what it asks for."""
@@ -177,11 +239,15 @@ class Fetcher:
         except BaseException:
             flight.error = SluiceError("the mover is stopping")
             raise
-        finally:  # No await from here to set(): who comes now must see index and flights agree.
-            self._flights[key].remove(flight)
-            if not self._flights[key]:
-                del self._flights[key]
-            flight.landed.set()
+        finally:
+            self._end(key, flight)
+
+    def _end(self, key: FlightKey, flight: Flight) -> None:
+        """No await in here: who comes now must see index and flights agree."""
+        self._flights[key].remove(flight)
+        if not self._flights[key]:
+            del self._flights[key]
+        flight.landed.set()
 
     async def _get_slot(self, version: ObjectVersion, flight: Flight) -> bool:
         """Wait for one of the read-ahead's slots, unless a reader wants the flight; return whether got.
@@ -227,7 +293,14 @@ class Fetcher:
             fill = partial(self._residency.fill_whole, version, get, demand=demand, next=flight.next)
         else:
             fill = partial(self._residency.fill_blocks, version, blocks, get, demand=demand)
-        await self._lake.retrying("get", version.key, fill)
+
+        async def attempt() -> None:
+            if (failed := flight.failed) is not None:
+                flight.failed = None
+                raise failed
+            await fill()
+
+        await self._lake.retrying("get", version.key, attempt)
 
 
 def _whole_units(blocks: range, count: int) -> range:

@@ -39,6 +39,7 @@ from cache.policy.policies import make_policy
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
 from cache.policy.sets import ListingOrder
+from cache.quick import QuickFills
 from cache.recorder import Recorder
 from cache.records import Node
 from cache.residency import Residency
@@ -286,6 +287,7 @@ async def run_mover(
                 residency,
                 SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX) if config.read_ahead != "none" else None,
                 ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
+                quick=QuickFills(residency, committer, lake_engine),
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send, table)

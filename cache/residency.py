@@ -174,6 +174,35 @@ class Residency:
         row = self._index.version(vid)
         return row is not None and row.whole
 
+    # For fills that wait for nothing, see cache/quick.py
+
+    def hold_nowait(self, vid: VersionId, size_bytes: int, due: int | None) -> tuple[int, int] | None:
+        """Charge a whole object that nobody asked for; return its tier and the bytes, None if it must wait.
+
+        The version is busy then. End it with `let_go`, after a failure with its bytes given back.
+        """
+        if vid in self._moving or vid in self._unverified:
+            return None
+        place = self._place(size_bytes)
+        tier = self.tiers[place]
+        charged = tier.files.whole_bytes(size_bytes)
+        if not self._can_spare(place, charged, due) or not tier.has_room(charged):
+            return None
+        tier.budget.take(charged)
+        tier.landing_bytes += charged
+        self._check_watermark()
+        self._busy[vid] += 1
+        return place, charged
+
+    def let_go(self, vid: bytes, place: int, charged_bytes: int, *, landed: bool) -> None:
+        """End what `hold_nowait` began."""
+        self.tiers[place].landing_bytes -= charged_bytes
+        if not landed:
+            self.tiers[place].budget.give_back(charged_bytes)
+        self._busy[vid] -= 1
+        if not self._busy[vid]:
+            del self._busy[vid]
+
     def _place(self, size_bytes: int) -> int:
         """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
         first = self.tiers[0]

@@ -367,7 +367,7 @@ def test_once_it_is_found_what_comes_next_is_what_is_read_next() -> None:
         upcoming.used(place, 0.0)
         status[place] = 1
     assert upcoming.is_known and upcoming.name == "torch with seed 3"
-    assert taken(upcoming, status, 50) == order[20:70]
+    assert taken(upcoming, status, 40) == order[20:60]
 
 
 def test_the_window_moves_with_the_readers() -> None:
