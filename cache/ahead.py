@@ -8,6 +8,7 @@ room for. Whatever goes wrong in here costs speed and never a read.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed a
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
 # A hit is told of up to a quarter of a second late (see Filesystem), and read-ahead learns of it then.
 _TOLD_LATE_S = 0.25
+_QUEUED_SHARE = 8  # For so many fetches at the lake, one waits for a thread.
 _LEAD_WEIGHT = 0.125  # Of each fetch, in what is known of how long they take.
 _CHUNK = 200  # Members looked at in one go: about two milliseconds.
 _SAMPLE = 1000  # Members looked at for the cached shares that are shown, of all sets.
@@ -326,8 +328,12 @@ class SetReadAhead:
 
     @property
     def _limit(self) -> int:
-        """While the lake fails, one fetch tries whether it is back."""
-        return 1 if self._lake.failing_since_s is not None else self._parallelism.limit
+        """While the lake fails, one fetch tries whether it is back.
+
+        A few more than are to be at the lake: results come in batches, and no thread is to wait for ours.
+        """
+        limit = self._parallelism.limit
+        return 1 if self._lake.failing_since_s is not None else limit + limit // _QUEUED_SHARE
 
     def _note_retries(self) -> None:
         if self._lake.retries != self._retries_seen:
@@ -438,9 +444,13 @@ class SetReadAhead:
             samples.need_not(place)  # Who reads it gets the error, if it still holds then.
 
     def _note_lead(self, samples: SampleSet, took_s: float) -> None:
-        """Keep an average of how long before its use a member has to be asked for."""
+        """Keep an average of how long before its use a member has to be asked for.
+
+        Where all of the set may be cached, the sooner the better.
+        """
         self._fetch_s += _LEAD_WEIGHT * (took_s - self._fetch_s) if self._fetch_s else took_s
-        samples.upcoming.lead_s = self._fetch_s + _TOLD_LATE_S
+        fits = self._keeping.fits(samples)
+        samples.upcoming.lead_s = math.inf if fits else self._fetch_s + _TOLD_LATE_S
 
     # What is shown
 

@@ -89,7 +89,7 @@ class Committer:
         self._wake.set()
 
     def commit_then(self, change: Change[object], then: Callable[[SluiceError | None], None]) -> None:
-        """Apply *change* with the next transaction, and call *then* with what `commit` would raise, or None."""
+        """Apply *change* with the next transaction; call *then* with what `commit` would raise, or None."""
         self._pending.append(_Waiter(change, then))
         self._wake.set()
 

@@ -19,6 +19,11 @@ import outcome
 import trio
 
 log = logging.getLogger(__name__)
+
+# Results that nobody waits for are handed over so often: at a thousand a second, a turn of trio's loop
+# for each would cost as much as all that is done with it.
+_GATHER_S = 0.003
+
 T = TypeVar("T")
 Then = Callable[[outcome.Outcome[Any]], None]
 
@@ -54,6 +59,8 @@ class Engine:
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._threads = threads
         self._finished: deque[Job] = deque()
+        self._gathered: deque[Job] = deque()
+        self._is_gathering = False
         self._stopped = False
         self._token = trio.lowlevel.current_trio_token()
         for i in range(threads):
@@ -107,7 +114,7 @@ class Engine:
     def _work(self) -> None:
         while True:
             self._tokens.get()
-            if self._stopped:
+            if self._is_stopped():
                 return
             while (taken := self._take()) is not None:
                 job, is_ahead = taken
@@ -115,23 +122,53 @@ class Engine:
                 if is_ahead:
                     with self._mutex:
                         self._ahead_running -= 1
-                self._finished.append(job)
                 try:
-                    self._token.run_sync_soon(self._hand_over, idempotent=True)
+                    self._finish(job, is_ahead and job.then is not None)
                 except trio.RunFinishedError:
                     return
-                if self._stopped:
+                if self._is_stopped():
                     return
+
+    def _is_stopped(self) -> bool:
+        return self._stopped
+
+    def _finish(self, job: Job, may_wait: bool) -> None:
+        """Have the result handed over: at once, or with others that *may_wait*. In the job's thread."""
+        if not may_wait:
+            self._finished.append(job)
+            self._token.run_sync_soon(self._hand_over, idempotent=True)
+            return
+        self._gathered.append(job)
+        if not self._is_gathering:
+            self._is_gathering = True
+            self._token.run_sync_soon(self._start_gathering, idempotent=True)
+
+    def _start_gathering(self) -> None:
+        trio.lowlevel.spawn_system_task(self._gather)
+
+    async def _gather(self) -> None:
+        """Hand over what gathers, until nothing has come in one interval."""
+        while True:
+            await trio.sleep(_GATHER_S)
+            if not self._gathered:
+                self._is_gathering = False
+                if not self._gathered:  # A thread may have added one before it could see that.
+                    return
+                self._is_gathering = True
+            while self._gathered:
+                self._deliver(self._gathered.popleft())
 
     def _hand_over(self) -> None:
         while self._finished:
-            job = self._finished.popleft()
-            assert job.result is not None
-            if job.task is not None:
-                task, job.task = job.task, None
-                trio.lowlevel.reschedule(task, job.result)
-            elif job.then is not None:
-                try:
-                    job.then(job.result)
-                except Exception:  # Raised into trio it would end the mover.
-                    log.exception("what follows a job failed")
+            self._deliver(self._finished.popleft())
+
+    def _deliver(self, job: Job) -> None:
+        assert job.result is not None
+        if job.task is not None:
+            task, job.task = job.task, None
+            trio.lowlevel.reschedule(task, job.result)
+        elif job.then is not None:
+            try:
+                job.then(job.result)
+            except Exception:  # Raised into trio it would end the mover.
+                log.exception("what follows a job failed")

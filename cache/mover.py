@@ -257,7 +257,7 @@ async def run_mover(
     Raises SluiceError when the lake or the cache can't be used. *serve* is started when
     requests can be answered; when it returns, everything is saved.
     """
-    lake_engine = Engine("lake", config.fetch_threads + _LIST_THREADS, reserved=4)
+    lake_engine = Engine("lake", config.fetch_threads + _LIST_THREADS, reserved=_LIST_THREADS)
     disk_engine = Engine("disk", _DISK_THREADS, reserved=2)
     lake = open_lake(config.lake)
     index = open_index(config.index_directory, may_rebuild=first)

@@ -197,7 +197,7 @@ class OrderedUpcoming:
     def _window(self) -> int:
         """Return how many files to have fetched before they are read: as few as the lake's latency allows."""
         uses = _AHEAD_TIMES * self._rate.per_s(self._now_s) * self.lead_s
-        return min(self._count, max(_AHEAD_MIN, int(uses)))
+        return int(min(self._count, max(_AHEAD_MIN, uses)))
 
     def _find(self, finder: Finder) -> None:
         opened = self._opened[:OPENS_MAX]
