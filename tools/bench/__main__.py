@@ -29,6 +29,7 @@ from tools.bench import (
     set_ahead,
     small_writes,
     warm_epochs,
+    watching,
 )
 from tools.bench.figures import Figure, MeasurementFailed, machine, progress, table
 from tools.bench.settings import Settings
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Figure]]] = {
     module.NAME: module.measure
     for module in (
         warm_epochs,
+        watching,
         opens,
         large_hits,
         cold_epoch,
