@@ -356,6 +356,8 @@ class SetReadAhead:
             return False  # With the order known, few are fetched at a time, and these looked at.
         if followed.waits_for_use or followed.account.is_wasteful:
             return False
+        if not self._keeping.may_go_further(followed.samples):
+            return False
         if now_s - followed.samples.last_used_s > _IDLE_S:
             return False
         if is_known:

@@ -18,8 +18,9 @@ from cache.policy.sets import Pattern, SampleSet
 from cache.records import Node
 from cache.residency import Residency
 
-_BEHIND = 32  # Uses after which nobody is still at the file.
+_BEHIND = 8  # Uses after which what was missing has landed, mostly: before, nothing could be told of it.
 _CHUNK = 200  # Members looked at in one go: about two milliseconds.
+_SCAN_SHARE = 16  # A scan is at most this part of the tiers ahead.
 _FITS_SHARE = 2  # A set of at most this part of the tiers is kept as a whole.
 
 
@@ -57,6 +58,13 @@ class Keeping:
             self._residency.passed(node.vid)
         else:
             self._residency.expect(node.vid, Next(due, later=True))
+
+    def may_go_further(self, samples: SampleSet) -> bool:
+        """Return whether a scan is not too far ahead: what it has not read yet leaves late, like an epoch's."""
+        if samples.pattern is not Pattern.SCAN or samples.epoch > 1:
+            return True
+        ahead_bytes = samples.unused_ahead * samples.members.mean_bytes
+        return ahead_bytes * _SCAN_SHARE <= self._residency.size_bytes
 
     def fits(self, samples: SampleSet) -> bool:
         """Return whether all of the set may be cached: then nothing of it need be told apart."""

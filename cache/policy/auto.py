@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
 
@@ -10,6 +11,7 @@ from cache.policy.eviction import EpochPolicy, ItemId, _Queue
 
 _HOT_USES_MIN = 3  # The second use may be the next epoch's.
 _HOT_TIMES_MEAN = 3  # In epochs, all are used about equally often.
+_GONE_MIN = 64
 _HOT_SHARE_MAX = 2  # Of the tier's content at most this part is held for being hot.
 
 
@@ -22,8 +24,9 @@ class AutoPolicy(EpochPolicy):
                rest. Each of its items would be fetched again within moments
 
     What only scans have used says nothing about epochs: its leaving does not end one.
-    Uses are halved at the end of each epoch, so that what was hot once does not stay for ever.
-    Invariants: `_uses` has the items that are here, `_uses_sum` is its sum.
+    Uses are halved at the end of each epoch, so that what was hot once does not stay for ever, and known
+    for a while of what has left: else nothing that leaves soon after its use would ever become hot.
+    Invariants: `_uses` has the items that are here, `_uses_sum` is its sum; `_gone` is at most as long.
     """
 
     name = "auto"
@@ -34,10 +37,13 @@ class AutoPolicy(EpochPolicy):
         self._hot = _Queue()
         self._uses: dict[ItemId, int] = {}
         self._uses_sum = 0
+        self._gone: OrderedDict[ItemId, int] = OrderedDict()  # Uses of what has left, the latest last.
 
     def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
         super().added(item, size_bytes, used=used)
-        self._set_uses(item, int(used))
+        self._set_uses(item, self._gone.pop(item, 0) + used)
+        if used:
+            self._heat(item)
 
     def touched(self, item: ItemId) -> None:
         if item in self._hot:
@@ -54,7 +60,11 @@ class AutoPolicy(EpochPolicy):
     def removed(self, item: ItemId) -> None:
         if self._scanned.take(item) is None:
             super().removed(item)
+        if uses := self._uses.get(item, 0):
+            self._gone[item] = uses
         self._set_uses(item, None)
+        while len(self._gone) > max(_GONE_MIN, len(self._uses)):
+            self._gone.popitem(last=False)
 
     def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
         if item not in self._hot:  # Which leaves later still.
@@ -69,6 +79,7 @@ class AutoPolicy(EpochPolicy):
         super().epoch_began()
         self._uses = {item: uses // 2 for item, uses in self._uses.items()}
         self._uses_sum = sum(self._uses.values())
+        self._gone = OrderedDict((item, uses // 2) for item, uses in self._gone.items() if uses > 1)
         for item in [item for item in self._hot if self._uses[item] < _HOT_USES_MIN]:
             self._needed.put(item, self._hot.take(item) or 0)
 

@@ -200,6 +200,7 @@ class EpochPolicy:
         self._planned: ByDue[ItemId] = ByDue()
         self._recent = _Queue()
         self._recent_again: set[ItemId] = set()  # Those of `recent` that go on to `again`.
+        self._recent_later: dict[ItemId, int] = {}  # Those that go on to `later`, and when they are due.
         self._gone_unused = 0  # Items that left since one was used.
         self.epochs = 0
 
@@ -238,6 +239,9 @@ class EpochPolicy:
                 self.epoch_began()
 
     def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        if next.later and next.due is not None and item in self._recent:
+            self._recent_later[item] = next.due
+            return
         if (size_bytes := self._take_out(item)) is None:
             return
         if next.due is None:
@@ -257,7 +261,7 @@ class EpochPolicy:
             return SOME_TIME
         if (due := self._planned.due(item)) is not None:
             return Next(due)
-        due = self._later.due(item)
+        due = self._recent_later.get(item, self._later.due(item))
         return None if due is None else Next(due, later=True)
 
     @property
@@ -331,14 +335,21 @@ class EpochPolicy:
         if again:
             self._recent_again.add(item)
         while len(self._recent) > max(1, min(self._RECENT_MAX, len(self) // self._RECENT_SHARE)):
-            older = next(iter(self._recent))
-            queue = self._again if older in self._recent_again else self._used
-            self._recent_again.discard(older)
-            queue.put(older, self._recent.take(older) or 0)
+            self._pass_on(next(iter(self._recent)))
+
+    def _pass_on(self, item: ItemId) -> None:
+        """Move the item from `recent` to where it stays until its next use."""
+        again, due = item in self._recent_again, self._recent_later.get(item)
+        size_bytes = self._take_out(item) or 0
+        if due is not None:
+            self._later.put(item, size_bytes, due)
+        else:
+            (self._again if again else self._used).put(item, size_bytes)
 
     def _take_out(self, item: ItemId) -> int | None:
         """Take *item* out of its queue; return its size in bytes, None when it was in none."""
         self._recent_again.discard(item)
+        self._recent_later.pop(item, None)
         for queue in self._queues():
             if item in queue:
                 return queue.take(item)

@@ -84,7 +84,8 @@ class Upcoming(Protocol):
         """Return the place of the member to fetch next; None: nothing now, ask again after a use.
 
         *status* holds a byte for each place; only places that are OPEN there may be returned (one
-        that is not is resident, under way, used, or can't be had). *frontier*: in a scan, the
+        that is not is resident, under way, used, or can't be had). Who knows the order may return a
+        DONE one, too, that was not used: what was resident may have left since. *frontier*: in a scan, the
         place that was reached last.
         """
 
@@ -281,13 +282,13 @@ class SampleSet:
     def take(self) -> int | None:
         """Return the place of the member to fetch now, which is AHEAD from here on; None: none."""
         pattern = self.pattern
-        if not self.upcoming.is_known and self._unused_ahead >= self._ahead_max(pattern):
+        if not self.upcoming.is_known and self.unused_ahead >= self._ahead_max(pattern):
             return None
         frontier = self._near[-1] if pattern is Pattern.SCAN else None
         place = self.upcoming.next_place(self.status, frontier)
         if place is None:
             return None
-        assert self.status[place] == OPEN, (place, self.status[place])
+        assert self.status[place] != AHEAD and not self._used[place], (place, self.status[place])
         self.status[place] = AHEAD
         self._ahead_count += 1
         return place
@@ -314,7 +315,8 @@ class SampleSet:
             self.upcoming.put_back(place)
 
     @property
-    def _unused_ahead(self) -> int:
+    def unused_ahead(self) -> int:
+        """Return how many members were fetched ahead in this epoch and not used yet."""
         return self._ahead_count - self._ahead_used
 
     def _ahead_max(self, pattern: Pattern) -> int:

@@ -6,12 +6,14 @@ member in an epoch and is asked which member to fetch next.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.policy.order.finder import OPENS_MAX, Finder
 from cache.policy.order.following import GRACE_TOLD, Following
@@ -19,6 +21,7 @@ from cache.policy.order.listings import Listing, listings, make_listing
 from cache.policy.order.samplers import Places, distributed
 from cache.policy.order.spec import Spec
 from cache.policy.order.told import ToldSampler
+from cache.policy.sets import AHEAD, OPEN
 
 T = TypeVar("T")
 # Does the work elsewhere, then calls the second with its result where it was called itself.
@@ -162,7 +165,7 @@ class OrderedUpcoming:
             self._refill(self._order.following, status)
         while self._next:
             place = self._next.popleft()
-            if status[place] == 0:
+            if status[place] != AHEAD and self._order.following.due_at(place) is not None:
                 self._ahead.add(place)
                 return place
         return None
@@ -189,10 +192,23 @@ class OrderedUpcoming:
             self._ahead = following.still_due(self._ahead)
         room = min(_BATCH, ahead_max - len(self._ahead))
         if room >= min(_BATCH, window // _REFILL_SHARE):
-            wanted = np.frombuffer(status, np.uint8) == 0
+            wanted = self._wanted(status)
             within = max(1, int(window / following.share_here()))
             self._next.extend(following.upcoming(room, wanted, within))
         self._is_exhausted = not self._next
+
+    def _wanted(self, status: bytearray) -> NDArray[np.bool_]:
+        """Return for each member whether it is to be fetched as soon as it is due.
+
+        Of a set that does not fit, what was resident when the epoch began may have made room for what
+        is due sooner. It is looked at once more when its turn comes.
+        """
+        states = np.frombuffer(status, np.uint8)
+        if math.isinf(self.lead_s):
+            return states == OPEN
+        wanted: NDArray[np.bool_] = states != AHEAD
+        wanted[list(self._ahead)] = False
+        return wanted
 
     def _window(self) -> int:
         """Return how many files to have fetched before they are read: as few as the lake's latency allows."""
