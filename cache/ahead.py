@@ -51,6 +51,9 @@ _CHUNK = 200  # Members looked at in one go: about two milliseconds.
 _SAMPLE = 1000  # Members looked at for the cached shares that are shown, of all sets.
 
 
+Done = Callable[[SluiceError | None], None]
+
+
 @dataclass(eq=False)
 class Followed:
     """A set and what the coordinator knows of it."""
@@ -336,8 +339,8 @@ class SetReadAhead:
         return 1 if self._lake.failing_since_s is not None else limit + limit // _QUEUED_SHARE
 
     def _note_retries(self) -> None:
-        if self._lake.retries != self._retries_seen:
-            self._retries_seen = self._lake.retries
+        retries, self._retries_seen = self._retries_seen, self._lake.retries
+        if retries != self._retries_seen:
             self._parallelism.slowed(trio.current_time())
 
     def _take(self) -> tuple[Followed, int] | None:
@@ -360,8 +363,8 @@ class SetReadAhead:
             return False
         if now_s - followed.samples.last_used_s > _IDLE_S:
             return False
-        if is_known:
-            return True  # What there is room for depends on when it is due.
+        if is_known:  # What there is room for depends on when it is due.
+            return True
         followed.has_no_room = not self._residency.may_read_ahead(followed.samples.members.mean_bytes)
         if followed.has_no_room:
             self._release_idle(now_s)
@@ -410,9 +413,7 @@ class SetReadAhead:
             folder = self._folders[node.parent] = f"{path}/" if path else ""
         return folder + os.fsdecode(node.name)
 
-    async def _fetch(
-        self, version: ObjectVersion, next: Next, done: Callable[[SluiceError | None], None]
-    ) -> None:
+    async def _fetch(self, version: ObjectVersion, next: Next, done: Done) -> None:
         failure: SluiceError | None = SluiceError("the mover is stopping")
         try:
             await self._fetcher.fetch_ahead(version, next)

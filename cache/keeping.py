@@ -60,7 +60,7 @@ class Keeping:
             self._residency.expect(node.vid, Next(due, later=True))
 
     def may_go_further(self, samples: SampleSet) -> bool:
-        """Return whether a scan is not too far ahead: what it has not read yet leaves late, like an epoch's."""
+        """Return whether it is no scan that is too far ahead: what was fetched for it leaves late."""
         if samples.pattern is not Pattern.SCAN or samples.epoch > 1:
             return True
         ahead_bytes = samples.unused_ahead * samples.members.mean_bytes

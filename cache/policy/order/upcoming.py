@@ -146,6 +146,7 @@ class OrderedUpcoming:
         self._fallback.epoch_began(epoch)
         order, then = self._order, self._then
         self._believe(None)
+        self._ahead.clear()
         self._passes += 1
         self._opened = []
         expected = _successors(order)
