@@ -43,8 +43,7 @@ _IDLE_S = 120.0  # Nothing is fetched for a set that nobody has used for so long
 _RELEASE_S = 300.0  # and what it still needed is given up where another one needs room.
 _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed again,
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
-# A hit is told of up to a quarter of a second late (see Filesystem), and read-ahead learns of it then.
-_TOLD_LATE_S = 0.25
+_TOLD_LATE_S = 0.25  # A hit is told of so late (see Filesystem), and read-ahead learns of it then.
 _QUEUED_SHARE = 8  # For so many fetches at the lake, one waits for a thread.
 _LEAD_WEIGHT = 0.125  # Of each fetch, in what is known of how long they take.
 _CHUNK = 200  # Members looked at in one go: about two milliseconds.
@@ -335,8 +334,9 @@ class SetReadAhead:
 
         A few more than are to be at the lake: results come in batches, and no thread is to wait for ours.
         """
-        limit = self._parallelism.limit
-        return 1 if self._lake.failing_since_s is not None else limit + limit // _QUEUED_SHARE
+        if self._lake.failing_since_s is not None:
+            return 1
+        return self._parallelism.limit + self._parallelism.limit // _QUEUED_SHARE
 
     def _note_retries(self) -> None:
         retries, self._retries_seen = self._retries_seen, self._lake.retries
@@ -381,8 +381,7 @@ class SetReadAhead:
         samples, inode = followed.samples, followed.samples.members.inodes[place]
         node = self._index.node(inode)
         if node is None or not node.vid or node.staged:
-            samples.need_not(place)
-            return
+            return samples.need_not(place)
         next = Next(samples.upcoming.due(place))
         if not self._residency.may_read_ahead(node.size_bytes, next.due):
             samples.put_back(place)
@@ -394,8 +393,7 @@ class SetReadAhead:
         done = partial(self._fetched, followed, place, version, trio.current_time())
         started = self._fetcher.fetch_ahead_nowait(version, next, done)
         if started is Started.RESIDENT:
-            samples.need_not(place)
-            return
+            return samples.need_not(place)
         self._under_way += 1
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
         if started is Started.MUST_WAIT:
@@ -437,8 +435,7 @@ class SetReadAhead:
         self._wake.set()
         if error is None:
             self._parallelism.landed(version.size_bytes, now_s)
-            self._note_lead(samples, now_s - began_s)
-            return
+            return self._note_lead(samples, now_s - began_s)
         self._residency.ledger.not_fetched(version.id)
         if isinstance(error, CacheFull | LakeUnavailable):
             samples.put_back(place)

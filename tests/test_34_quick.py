@@ -14,6 +14,7 @@ from cache.fetcher import Started
 from cache.model import KIB, ObjectVersion
 from cache.policy.due import Next
 from cache.policy.eviction import ItemId
+from tests.test_33_engine_committer import until
 from tests.wiring import NO_RETRY, QUICK_RETRY, Cache, TierSpec, WatchedLake, bodies, open_cache
 
 SIZE = 20 * KIB
@@ -25,12 +26,11 @@ def lake_of(count: int) -> WatchedLake:
     return lake
 
 
-async def start(cache: Cache, version: ObjectVersion, next: Next = Next(5)) -> list[SluiceError | None]:
+async def start(cache: Cache, version: ObjectVersion) -> list[SluiceError | None]:
     """Start a fill and wait for its end; return what was told."""
     told: list[SluiceError | None] = []
-    assert cache.fetcher.fetch_ahead_nowait(version, next, told.append) is Started.UNDER_WAY
-    while not told:
-        await trio.sleep(0.001)
+    assert cache.fetcher.fetch_ahead_nowait(version, Next(5), told.append) is Started.UNDER_WAY
+    await until(lambda: bool(told))
     return told
 
 

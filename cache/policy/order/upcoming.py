@@ -205,10 +205,10 @@ class OrderedUpcoming:
         is due sooner. It is looked at once more when its turn comes.
         """
         states = np.frombuffer(status, np.uint8)
-        if math.isinf(self.lead_s):
-            return states == OPEN
-        wanted: NDArray[np.bool_] = states != AHEAD
-        wanted[list(self._ahead)] = False
+        wanted: NDArray[np.bool_] = states == OPEN
+        if not math.isinf(self.lead_s):
+            wanted = states != AHEAD
+            wanted[list(self._ahead)] = False
         return wanted
 
     def _window(self) -> int:
