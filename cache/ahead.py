@@ -452,8 +452,6 @@ class SetReadAhead:
         fits = self._keeping.fits(samples)
         samples.upcoming.lead_s = math.inf if fits else self._fetch_s + _TOLD_LATE_S
 
-    # What is shown
-
     def status(self) -> list[dict[str, Any]]:
         """Return what `sluice status --json` shows under `sets`, the one used last first."""
         shown = [followed for followed in self._sets if followed.samples.epoch]
