@@ -9,12 +9,17 @@ from typing import Any
 
 import trio
 
+from cache import traffic
 from cache.counters import Features
 from cache.errors import SluiceError, UsageError
-from cache.model import ROOT_INODE, Inode
+from cache.keep_admin import KeepAdmin
+from cache.model import Inode
 from cache.mover import Mover
+from cache.pinning import checked_evictable
+from cache.policy.eviction import PINNED
 from cache.recorder import Recorder
 from cache.records import Node, VersionRow
+from cache.warming import items_of
 from cache.write_admin import WriteAdmin
 
 Progress = Callable[[dict[str, Any]], Awaitable[bool]]  # Returns whether the command still listens.
@@ -24,6 +29,7 @@ _LS_LIMIT_MAX = 100_000
 _TRACE_S_MAX = 7 * 86400.0
 _TRACE_PART = 10_000
 _TRACE_EVERY_S = 1.0
+_PIPES_GONE_S = 2.0
 _RANKED = 100_000  # How deep the order of leaving is looked at.
 
 
@@ -35,6 +41,7 @@ class Admin:
         self._features = features
         self._supervisor_pid = supervisor_pid
         self._writes = WriteAdmin(mover)
+        self._keeps = KeepAdmin(mover)
 
     async def handle(self, request: dict[str, Any], progress: Progress) -> Any:
         """Return the verb's result, as JSON values. Raises SluiceError."""
@@ -46,6 +53,14 @@ class Admin:
                 return await self._ls(request["paths"], bool(request.get("recursive")), limit)
             case "evict":
                 return await self._evict(request["paths"], progress)
+            case "paths":
+                return await self._keeps.add_paths(str(request["upload"]), list(request["paths"]))
+            case "warm":
+                return await self._keeps.warm(request, progress)
+            case "pin":
+                return await self._keeps.pin(request, progress)
+            case "unpin":
+                return await self._keeps.unpin(list(request["paths"]))
             case "hidden":
                 return self._hidden(int(request.get("limit", 1000)))
             case "hint":
@@ -113,6 +128,7 @@ class Admin:
                     "lake": totals["bytes_lake"] + totals["bytes_through"],
                 },
                 "requests": {name: totals[name] for name in _REQUESTS_SHOWN},
+                "hit_rate": _hit_rate(totals),
                 "waits": totals["waits"],
                 "wait_s": totals["wait_us"] / 1e6,
                 "errors": totals["errors"],
@@ -126,23 +142,10 @@ class Admin:
             "dirty_bytes": mover.uploader.dirty_bytes if mover.uploader is not None else 0,
             "uploads": self._writes.uploads(),
             "sets": mover.ahead.status() if mover.ahead is not None else [],
+            "pins": self._keeps.pins(),
+            "warming": mover.warmer.status(),
+            "told": mover.control_files.status(),
         }
-
-    async def _resolve(self, path: str) -> tuple[Inode, Node]:
-        """Return the inode that *path* shows. Raises UsageError when there is none."""
-        index = self._mover.index
-        inode, node = ROOT_INODE, index.node(ROOT_INODE)
-        assert node is not None
-        for name in os.fsencode(path).split(b"/"):
-            if name in (b"", b"."):
-                continue
-            found = index.child(inode, name)
-            if found is None and node.is_directory and await self._mover.lister.lookup(inode, name):
-                found = index.child(inode, name)
-            if found is None:
-                raise UsageError(f"{path}: no such file or directory")
-            inode, node = found
-        return inode, node
 
     def _below(self, inode: Inode, node: Node, path: str, *, deep: bool) -> Iterator[tuple[Inode, Node, str]]:
         """Yield (inode, node, path) of the file, or of what the directory holds."""
@@ -167,16 +170,16 @@ class Admin:
         ranks = self._ranks()
         for path in paths:
             try:
-                inode, node = await self._resolve(path)
+                inode, node = await self._mover.walker.resolve(path)
                 if node.is_directory:
                     await self._mover.lister.list_directory(inode)
             except SluiceError as error:
                 errors.append({"path": path, "error": str(error)})
                 continue
-            for _, child, child_path in self._below(inode, node, path.strip("/"), deep=recursive):
+            for child_inode, child, child_path in self._below(inode, node, path.strip("/"), deep=recursive):
                 if len(entries) >= limit:
                     return {"entries": entries, "errors": errors, "truncated": True}
-                entries.append(self._entry(child, child_path, ranks))
+                entries.append(self._entry(child_inode, child, child_path, ranks))
         return {"entries": entries, "errors": errors, "truncated": False}
 
     def _ranks(self) -> dict[bytes, int]:
@@ -187,8 +190,8 @@ class Admin:
                 ranks.setdefault(item[:16], rank)
         return ranks
 
-    def _entry(self, node: Node, path: str, ranks: dict[bytes, int]) -> dict[str, Any]:
-        row = None if node.is_directory else self._mover.index.version(node.vid)
+    def _entry(self, inode: Inode, node: Node, path: str, ranks: dict[bytes, int]) -> dict[str, Any]:
+        row = self._mover.index.version(node.vid) if node.vid else None
         entry: dict[str, Any] = {
             "path": path,
             "kind": "directory" if node.is_directory else "file",
@@ -198,14 +201,33 @@ class Admin:
             "hits": 0,
             "last_used_s": None,
             "victim_rank": None,
+            "leaves": None,
+            "pinned": self._mover.keeper.pins.pinned_by(os.fsencode(path)) is not None,
+            "dirty": self._writes.state_of(inode),
+            "access": None,  # These five of large files, since the mover's start.
+            "record_bytes": None,
+            "fetched_bytes": None,
+            "read_bytes": None,
+            "amplification": None,
         }
+        entry.update(traffic.of_file(self._mover.fetcher, node))
         if row is not None:
             usage = self._mover.residency.usage(node.vid, row)
             entry["tier"] = self._mover.residency.tiers[row.tier].name
             entry["cached_bytes"] = self._cached_bytes(node.vid, row)
             entry["hits"], entry["last_used_s"] = usage.hits, usage.last_used_s
             entry["victim_rank"] = ranks.get(node.vid)
+            entry["leaves"] = self._why(node.vid, row)
         return entry
+
+    def _why(self, vid: bytes, row: VersionRow) -> str | None:
+        """Return what decides when the version leaves its tier."""
+        if (stays := self._mover.residency.has_to_stay(vid)) is not None:
+            return stays
+        policy = self._mover.residency.tiers[row.tier].policy
+        if self._mover.keeper.pins.is_pinned(vid):
+            return PINNED
+        return next((policy.why(item) for item in items_of(self._mover.index, vid, row)), None)
 
     def _cached_bytes(self, vid: bytes, row: VersionRow) -> int:
         if row.whole:
@@ -218,14 +240,22 @@ class Admin:
         errors: list[dict[str, str]] = []
         for path in paths:
             try:
-                inode, node = await self._resolve(path)
+                inode, node = await self._mover.walker.resolve(path)
+                checked_evictable(path, self._mover.keeper.pins.pinned_by(os.fsencode(path.strip("/"))))
             except SluiceError as error:
                 errors.append({"path": path, "error": str(error)})
                 continue
-            for _, child, _ in list(self._below(inode, node, path, deep=True)):
+            pinned = 0
+            for _, child, child_path in list(self._below(inode, node, path.strip("/"), deep=True)):
+                if self._mover.keeper.pins.pinned_by(os.fsencode(child_path)) is not None:
+                    pinned += 1
+                    continue
                 freed = await self._mover.residency.drop_version(child.vid) if child.vid else 0
                 objects += freed > 0
                 freed_bytes += freed
+            if pinned:
+                text = f"{pinned:,} pinned files below it stay: `sluice unpin` them first"
+                errors.append({"path": path, "error": text})
         return {"objects": objects, "bytes": freed_bytes, "errors": errors}
 
     def _hidden(self, limit: int) -> dict[str, Any]:
@@ -255,7 +285,17 @@ class Admin:
 
     async def _drain(self, progress: Progress) -> dict[str, Any]:
         moved = 0
+        self._mover.pipes.let_go()  # They would keep the mount busy.
+        with trio.move_on_after(_PIPES_GONE_S):
+            await self._mover.pipes.gone()
         async for done, total in self._mover.residency.drain_dram():
             moved = done
             await progress({"done": done, "total": total, "unit": "bytes"})
         return {"bytes": moved}
+
+
+def _hit_rate(totals: dict[str, int]) -> float | None:
+    """Return the share of the bytes read that came from a tier without waiting; None before any came."""
+    hits = totals["bytes_dram"] + totals["bytes_nvme"]
+    read_bytes = hits + totals["bytes_lake"] + totals["bytes_through"]
+    return round(hits / read_bytes, 4) if read_bytes else None

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 
 import trio
 
+from cache import traffic
 from cache.errors import CacheFull, LakeUnavailable, SluiceError
 from cache.fetcher import Fetcher, Started
 from cache.index import Index
@@ -25,10 +27,12 @@ from cache.keeping import Keeping, Kept
 from cache.lake_io import LakeIO
 from cache.model import SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
 from cache.policy.due import Next
+from cache.policy.hands import Hands
 from cache.policy.ledger import Account
 from cache.policy.parallel import Parallelism
 from cache.policy.recognise import Candidate, Directory, Recogniser
-from cache.policy.sets import ListingOrder, MakeUpcoming, Members, Pattern, SampleSet
+from cache.policy.records import Access
+from cache.policy.sets import AHEAD, ListingOrder, MakeUpcoming, Members, Pattern, SampleSet
 from cache.records import Node
 from cache.residency import Residency
 from cache.survey import Survey
@@ -37,10 +41,12 @@ log = logging.getLogger(__name__)
 
 _SETS_MAX = 64
 _FILES_MAX = 16_000_000  # Of all sets, at some 20 bytes each.
-_MEMBERS_MIN = 32  # Fewer are read before reading ahead could begin.
+_MEMBERS_MIN = 32  # Fewer are read before reading ahead could begin;
+_LARGE_MEMBERS_MIN = 3  # of large ones, what follows the first two can be fetched.
 _DIRECTORIES_MAX = 20_000  # Kept in memory, to know a file's set without asking the index.
 _IDLE_S = 120.0  # Nothing is fetched for a set that nobody has used for so long,
 _RELEASE_S = 300.0  # and what it still needed is given up where another one needs room.
+_STRANGE_ACCESSES_MAX = 1024
 _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed again,
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
 _TOLD_LATE_S = 0.25  # A hit is told of so late (see Filesystem), and read-ahead learns of it then.
@@ -68,6 +74,15 @@ class Followed:
     has_no_room: bool = False
     waits_for_use: bool = False  # A fetch failed: none is tried before somebody reads of the set again.
     kept: Kept = field(default_factory=Kept)
+    hands: Hands = field(default_factory=Hands)  # Large members.
+    large_under_way: int = 0
+    # Of this epoch: uses that were seen, how many of them waited for bytes, and how long in all.
+    uses: int = 0
+    misses: int = 0
+    waited_s: float = 0.0
+
+    def epoch_began(self) -> None:
+        self.uses, self.misses, self.waited_s = 0, 0, 0.0
 
 
 class SetReadAhead:
@@ -96,10 +111,12 @@ class SetReadAhead:
         self._make_upcoming = make_upcoming
         self._clock = clock
         self._recogniser = Recogniser()
+        self._large_recogniser = Recogniser(large=True)
         self._parallelism = Parallelism(fetches_max)
         self._sets: list[Followed] = []  # The one used last comes first.
         self._directories: dict[int, Directory] = {}
         self._folders: dict[int, str] = {}  # Directory -> its path with a slash; new in each epoch.
+        self._access: OrderedDict[Inode, Access] = OrderedDict()  # Of large files that belong to no set yet.
         self._surveying: set[Candidate] = set()
         self._under_way = 0
         self._fetch_s = 0.0  # How long fetches take, on average.
@@ -109,44 +126,93 @@ class SetReadAhead:
 
     # Uses
 
-    def used(self, inode: Inode, now_s: float) -> None:
-        """Note that somebody reads the file. Raises nothing."""
+    def used(self, inode: Inode, now_s: float, access: Access | None = None) -> None:
+        """Note that somebody reads the file. Raises nothing.
+
+        *access*: how a large one is read, as far as its reads are seen; all but RANDOM is a pass.
+        """
         if self._is_broken:
             return
         try:
-            self._used(inode, now_s)
+            self._used(inode, now_s, access)
         except Exception:
             log.exception("sample sets are no longer watched, nothing is read ahead of epochs")
             self._is_broken = True
 
-    def _used(self, inode: Inode, now_s: float) -> None:
+    def waited(self, inode: Inode, seconds: float) -> None:
+        """Note for how long a reader of the file waited for its bytes."""
+        for followed in self._sets:
+            if followed.samples.members.place(inode) is not None:
+                followed.misses += 1
+                followed.waited_s += seconds
+                return
+
+    def seen(self, inode: Inode, vid: bytes, now_s: float, *, end: bool) -> None:
+        """Something of a large file was read. *end*: its last bytes."""
+        if end and self._access.get(inode) is not Access.RANDOM:
+            self._access.pop(inode, None)  # Once it is a member of a set, it is in nobody's hands any more.
+        for followed in self._sets:
+            if not end:
+                followed.hands.seen(vid, now_s)
+            elif followed.hands.ended(vid):
+                self._residency.let_go(vid)
+                followed.samples.in_hands = len(followed.hands)
+                self._wake.set()
+
+    def _note_access(self, followed: Followed, inode: Inode, now_s: float, access: Access | None) -> None:
+        if access is Access.RANDOM:
+            followed.samples.records_used += 1
+        elif access is not None:
+            self._take_in_hands(followed, inode, now_s)
+
+    def _take_in_hands(self, followed: Followed, inode: Inode, now_s: float) -> None:
+        """A reader goes through a large member: what of it is there stays until the reader ends."""
+        node = self._index.node(inode)
+        if node is None or not node.vid:
+            return
+        self._residency.hold(node.vid)
+        for vid in followed.hands.take(node.vid, now_s):
+            self._residency.let_go(vid)
+        followed.samples.in_hands = len(followed.hands)
+
+    def _used(self, inode: Inode, now_s: float, access: Access | None) -> None:
         for number, followed in enumerate(self._sets):
             place = followed.samples.members.place(inode)
             if place is not None:
                 if number:
                     self._sets.insert(0, self._sets.pop(number))
                 if followed.samples.used(place, now_s):
+                    followed.epoch_began()
                     self._epoch_began(followed)
+                followed.uses += 1
+                self._note_access(followed, inode, now_s, access)
                 followed.is_released = followed.waits_for_use = False
                 self._keeping.used(followed.samples, followed.kept, place)
                 self._follow_order(followed)
                 self._wake.set()
                 return
+        if access is not None:
+            self._access[inode] = access
+            if len(self._access) > _STRANGE_ACCESSES_MAX:
+                self._access.popitem(last=False)
         self._used_stranger(inode, now_s)
 
     def _used_stranger(self, inode: Inode, now_s: float) -> None:
         node = self._index.node(inode)
-        if node is None or not node.vid or not 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+        if node is None or not node.vid or not node.size_bytes:
             return
-        directory = self._directory(node.parent)
-        grown = self._set_at(directory)
+        directory, large = self._directory(node.parent), node.size_bytes > SMALL_OBJECT_BYTES_MAX
+        grown = self._set_at(directory, large)
         if grown is not None:
             self._note_growth(grown, now_s)
             return
-        candidate = self._recogniser.used(inode, directory, now_s)
+        candidate = self._recogniser_of(large).used(inode, directory, now_s)
         if candidate is not None and candidate not in self._surveying:
             self._surveying.add(candidate)
             self._nursery.start_soon(self._guarded, self._follow, candidate)
+
+    def _recogniser_of(self, large: bool) -> Recogniser:
+        return self._large_recogniser if large else self._recogniser
 
     def _directory(self, inode: int) -> Directory:
         known = self._directories.get(inode)
@@ -161,9 +227,11 @@ class SetReadAhead:
                 self._directories[inode] = known
         return known
 
-    def _set_at(self, directory: Directory) -> Followed | None:
+    def _set_at(self, directory: Directory, large: bool) -> Followed | None:
         """Return the set that a file in *directory* belongs to."""
-        roots = {followed.samples.root: followed for followed in self._sets}
+        roots = {
+            followed.samples.root: followed for followed in self._sets if followed.samples.large == large
+        }
         for above in directory.chain():
             followed = roots.get(above.inode)
             if followed is not None and (followed.samples.deep or above is directory):
@@ -197,15 +265,19 @@ class SetReadAhead:
             members = None  # The lake is away: it is proposed again later.
         finally:
             self._surveying.discard(candidate)
-        if members is None or len(members) < _MEMBERS_MIN:
-            self._recogniser.refuse(candidate, self._clock())
+        recogniser = self._recogniser_of(candidate.large)
+        if members is None or len(members) < (_LARGE_MEMBERS_MIN if candidate.large else _MEMBERS_MIN):
+            recogniser.refuse(candidate, self._clock())
             return
-        samples = SampleSet(candidate.root, members, self._make_upcoming(members), deep=candidate.deep)
+        upcoming, deep, large = self._make_upcoming(members), candidate.deep, candidate.large
+        samples = SampleSet(candidate.root, members, upcoming, deep=deep, large=large)
         followed = Followed(samples, surveyed_at_s=self._clock())
-        for use in self._recogniser.claim(candidate):
+        for use in recogniser.claim(candidate):
             place = members.place(use.inode)
             if place is not None:
                 samples.used(place, use.at_s)
+                inode = Inode(use.inode)
+                self._note_access(followed, inode, use.at_s, self._access.pop(inode, None))
         self._add(followed)
         if samples.epoch:
             self._epoch_began(followed)
@@ -226,12 +298,13 @@ class SetReadAhead:
     async def _follow_growth(self, followed: Followed) -> None:
         old = followed.samples
         try:
-            members = await self._survey.members(Candidate(old.root, old.deep))
+            members = await self._survey.members(Candidate(old.root, old.deep, old.large))
         finally:
             followed.is_surveying = False
             followed.surveyed_at_s = self._clock()
             old.strangers = 0
         if members is not None and members.inodes != old.members.inodes:
+            followed.kept = Kept()  # Of the old places.
             followed.samples = old.succeeded_by(members, self._make_upcoming(members), old.last_used_s)
             self._start_looking_over(followed)
 
@@ -359,6 +432,8 @@ class SetReadAhead:
             return False  # With the order known, few are fetched at a time, and these looked at.
         if followed.waits_for_use or followed.account.is_wasteful:
             return False
+        if followed.large_under_way:
+            return False  # One large member at a time: it takes several requests at once itself.
         if not self._keeping.may_go_further(followed.samples):
             return False
         if now_s - followed.samples.last_used_s > _IDLE_S:
@@ -390,11 +465,12 @@ class SetReadAhead:
             return
         followed.has_no_room = False
         version = ObjectVersion(self._key_of(node), node.etag, node.size_bytes, node.vid)
-        done = partial(self._fetched, followed, place, version, trio.current_time())
+        done = partial(self._fetched, followed, samples, place, version, trio.current_time())
         started = self._fetcher.fetch_ahead_nowait(version, next, done)
         if started is Started.RESIDENT:
             return samples.need_not(place)
         self._under_way += 1
+        followed.large_under_way += samples.large
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
         if started is Started.MUST_WAIT:
             self._nursery.start_soon(self._fetch, version, next, done)
@@ -424,15 +500,19 @@ class SetReadAhead:
     def _fetched(
         self,
         followed: Followed,
+        samples: SampleSet,
         place: int,
         version: ObjectVersion,
         began_s: float,
         error: SluiceError | None,
     ) -> None:
-        """A member is resident, or could not be fetched."""
-        samples, now_s = followed.samples, trio.current_time()
+        """A member is resident, or could not be fetched. The set may have grown into another one since."""
+        now_s = trio.current_time()
         self._under_way -= 1
+        followed.large_under_way -= samples.large
         self._wake.set()
+        if error is None and samples.large:
+            return self._large_fetched(samples, place, version)
         if error is None:
             self._parallelism.landed(version.size_bytes, now_s)
             return self._note_lead(samples, now_s - began_s)
@@ -443,6 +523,10 @@ class SetReadAhead:
         else:
             samples.need_not(place)  # Who reads it gets the error, if it still holds then.
 
+    def _large_fetched(self, samples: SampleSet, place: int, version: ObjectVersion) -> None:
+        if samples.status[place] == AHEAD:  # Else a reader has come already.
+            self._residency.expect(version.id, Next(samples.upcoming.due(place)))
+
     def _note_lead(self, samples: SampleSet, took_s: float) -> None:
         """Keep an average of how long before its use a member has to be asked for.
 
@@ -451,6 +535,8 @@ class SetReadAhead:
         self._fetch_s += _LEAD_WEIGHT * (took_s - self._fetch_s) if self._fetch_s else took_s
         fits = self._keeping.fits(samples)
         samples.upcoming.lead_s = math.inf if fits else self._fetch_s + _TOLD_LATE_S
+
+    # What is shown
 
     def status(self) -> list[dict[str, Any]]:
         """Return what `sluice status --json` shows under `sets`, the one used last first."""
@@ -462,6 +548,7 @@ class SetReadAhead:
         return {
             "path": self._path(followed),
             "files": len(samples.members),
+            "large": samples.large,
             "bytes": samples.members.total_bytes,
             "epoch": samples.epoch,
             "used_share": round(samples.used_count / len(samples.members), 4),
@@ -472,6 +559,10 @@ class SetReadAhead:
             "fetched_ahead_bytes": account.fetched_bytes,
             "used_ahead_bytes": account.used_bytes,
             "wasted_bytes": account.wasted_bytes,
+            "uses": followed.uses,
+            "hit_rate": round(max(0.0, 1 - followed.misses / followed.uses), 4) if followed.uses else None,
+            "waited_s": round(followed.waited_s, 3),
+            **(traffic.of_set(self._fetcher, self._index, samples.members.inodes) if samples.large else {}),
             "idle_s": round(max(0.0, self._clock() - samples.last_used_s), 1),
         }
 
@@ -483,6 +574,8 @@ class SetReadAhead:
             return "stopped: too much was evicted before it was used"
         if samples.pattern is Pattern.REUSED:
             return "off: a few files are read again and again"
+        if samples.pattern is Pattern.RECORDS:
+            return "off: records are read at random"
         if followed.is_looking:
             return "looking what is cached"
         if samples.is_all_fetched:

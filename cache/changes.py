@@ -19,7 +19,7 @@ from cache import messages
 from cache.committer import Committer
 from cache.copy_up import CopyUp
 from cache.counters import Counters, WriteBudget
-from cache.errors import MountReadOnly
+from cache.errors import MountReadOnly, SluiceError
 from cache.index import Index, IndexWriter
 from cache.journaling import JournalKeeper
 from cache.lister import Lister
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _ANSWERS_MAX = 4096  # Between a change and its second coming there are fewer others.
 _BUDGET_EVERY_S = 0.2
+_LINGER_S = 5.0  # So long what was replaced can be opened by those who had just looked it up.
 _ASK_AGAIN_S = 300.0  # So long AwaitRoom is answered after at the latest: far less than a worker waits.
 _METADATA_BYTES = 1500  # S3 takes 2 KB of metadata, some of which says mode, owner, times and checksum.
 
@@ -86,6 +87,9 @@ class Changes:
         self._owner = owner
         self._room = trio.Event()
         self._is_full = False
+        # Inodes, the earliest first, and when, by time.monotonic(). An earlier mover's are in it.
+        orphans = [row.inode for row in table.rows.values() if isinstance(row, Orphan)]
+        self._replaced: dict[int, float] = dict.fromkeys(orphans if opens else (), time.monotonic())
         self._told_of_xattrs = False
         # Ids whose answers the index has, oldest first, and the number that the next one gets.
         self._answered = deque(index.answer_ids())
@@ -114,6 +118,8 @@ class Changes:
         for change in changed:
             for number in change.discarded:
                 self._keeper.discard(number)
+            if self._opens is not None:
+                self._replaced |= dict.fromkeys(change.replaced, time.monotonic())
         self._sender.wake()
         if isinstance(request, messages.SetXattr):
             self._tell_of_xattrs(request.inode)
@@ -211,7 +217,8 @@ class Changes:
         if node is None:
             return
         if self._index.is_detached(inode):
-            await self._let_go(inode)
+            if inode not in self._replaced:
+                await self._let_go(inode)
         else:
             await self._committer.commit(lambda w: self._seal(w, inode))
             self._sender.wake()
@@ -240,23 +247,34 @@ class Changes:
                 w.put_node(inode, replace(node, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns))
                 self._table.replace(w, seq, replace(sealed, sealed_at_s=time.time()))
 
-    async def _let_go(self, inode: int) -> None:
-        """Forget an unlinked file that nobody has open any more."""
-
-        def forget(w: IndexWriter) -> int:
-            node = w.node(inode)
-            if node is None or (self._opens is not None and self._opens.state(inode).is_open):
-                return 0
-            for seq, row in self._table.of_inode(inode):
-                if isinstance(row, Orphan):
-                    self._table.remove(w, seq)
-            w.forget(inode)
-            return node.staged
-
-        number = await self._committer.commit(forget)
-        if number:
+    async def _let_go(self, *inodes: int) -> None:
+        """Forget unlinked files that nobody has open any more."""
+        numbers = await self._committer.commit(lambda w: [self._forget(w, inode) for inode in inodes])
+        for number in filter(None, numbers):
             self._keeper.discard(number)
         self._sender.wake()  # Deletes wait for the last close.
+
+    def _forget(self, w: IndexWriter, inode: int) -> int:
+        """Forget an unlinked file unless it is open; return the staging file that is nobody's now, or 0."""
+        node = w.node(inode)
+        if node is None or (self._opens is not None and self._opens.state(inode).is_open):
+            return 0
+        for seq, row in self._table.of_inode(inode):
+            if isinstance(row, Orphan):
+                self._table.remove(w, seq)
+        w.forget(inode)
+        return node.staged
+
+    async def forget_replaced(self, now_s: float) -> None:
+        """Forget what was replaced a while before *now_s*, by time.monotonic()."""
+        due = [inode for inode, since_s in self._replaced.items() if since_s <= now_s - _LINGER_S]
+        for inode in due:
+            del self._replaced[inode]
+        try:
+            if due:
+                await self._let_go(*due)
+        except SluiceError as error:
+            log.warning("replaced files stay until the next mount: %s", error)
 
     async def sync(self, inode: int, length_bytes: int, remote: bool) -> None:
         """Return when all that was changed so far is durable: see `messages.Sync`.
@@ -288,9 +306,10 @@ class Changes:
                 await self._room.wait()
 
     async def run(self) -> None:
-        """Tell the workers how much they may write, for ever."""
+        """Tell the workers how much they may write, and tidy up, for ever."""
         while True:
             self.set_budget()
+            await self.forget_replaced(time.monotonic())
             await trio.sleep(_BUDGET_EVERY_S)
 
     def set_budget(self) -> None:

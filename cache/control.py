@@ -12,8 +12,22 @@ status                     -> the stable keys of `sluice status --json`
 ls      {"paths": [...], "recursive": bool, "limit": int}
                            -> {"entries": [{"path", "kind": "file"|"directory", "size_bytes",
                                "tier": str|null, "cached_bytes", "hits", "last_used_s": float|null (unix),
-                               "victim_rank": int|null}], "errors": [{"path", "error"}], "truncated": bool}
+                               "victim_rank": int|null, "leaves": str|null (why), "pinned": bool,
+                               "dirty": str|null}], "errors": [{"path", "error"}], "truncated": bool}
 evict   {"paths": [...]}   -> {"objects": int, "bytes": int, "errors": [{"path", "error"}]}
+paths   {"upload": str, "paths": [...]}
+                           -> {"files": int, "failed": int}, of all parts so far: a list for `warm`
+warm    {"paths": [...], "upload": str (optional), "tier": "dram"|"nvme"|null}
+                           -> with progress {"phase": "listing"|"plan"|"fetch", and what the result has}:
+                              {"files", "bytes", "cached_files", "cached_bytes", "fetch_files",
+                               "fetch_bytes", "fetched_files", "fetched_bytes", "moved_files", "unfit_files",
+                               "unfit_bytes", "failed_files", "failures": [{"reason", "files", "example"}],
+                               "seconds", "left_s": float|null, "errors": [{"path", "error"}],
+                               "error_count", "complete": bool}
+pin     {"paths": [...], "fetch": bool}
+                           -> as `warm`, and {"pinned": [...]}; without fetch {"files", "bytes", "pinned",
+                               "errors", "error_count"}
+unpin   {"paths": [...]}   -> {"unpinned": [...], "errors": [{"path", "error"}]}
 hidden  {"limit": int}     -> {"count": int, "keys": [{"key", "reason"}]}
 queue   {"limit": int}     -> {"entries": [{"path", "operation": "put"|"mark"|"delete"|"move"|"restate",
                                "state": "open"|"waiting"|"running"|"retrying"|"conflict"|"failed",

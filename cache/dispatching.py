@@ -90,7 +90,7 @@ class Dispatcher:
             on_receipt,
             config.cache_id,
         )
-        self._moves = Moves(lake, index, committer, table, keeper)
+        self._moves = Moves(lake, index, committer, table, keeper, self._waits_for_close)
         self.plans = Plans(committer, table, staging, opens, config)
         self._lanes: dict[str, deque[int]] = {lane: deque() for lane in _LANES}
         self._active = dict.fromkeys(_LANES, 0)
@@ -223,8 +223,6 @@ class Dispatcher:
 
     def must_wait(self, seq: int) -> bool:
         row = self._table.rows[seq]
-        if isinstance(row, Put) and row.upload_key not in (b"", row.key):
-            return False  # First of all it is settled what became of the earlier key.
         return self._waits_for_close(row) or self._table.blocked(seq)
 
     def _waits_for_close(self, row: Pending) -> bool:
@@ -288,8 +286,6 @@ class Dispatcher:
     async def _operation(self, seq: int) -> None:
         row = self._table.rows.get(seq)
         match row:
-            case Put() if row.upload_key not in (b"", row.key):
-                await self._puts.settle_earlier(seq)
             case Put():
                 self.plans.progress[seq].sent_bytes = 0
                 state_ns = await self._puts.put(seq, partial(self._note_sent, seq))

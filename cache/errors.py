@@ -89,6 +89,10 @@ class NameRefused(NamespaceError):
     """The lake can't hold an object of this name (EINVAL)."""
 
 
+class TextRefused(NamespaceError):
+    """Nothing of what was written to a control file is of use (EINVAL)."""
+
+
 class NameTooLong(NamespaceError):
     """The name or the whole key is longer than the lake allows (ENAMETOOLONG)."""
 

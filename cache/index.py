@@ -174,7 +174,7 @@ class Index:
     def key_of(self, inode: int) -> bytes:
         """Return where the lake has it, or would have it; a directory's without a slash at the end."""
         with self.env.begin() as txn:
-            return _key_of(_nodes_down_to(txn, self._nodes, inode))
+            return _key_of(txn, self._nodes, inode)
 
     def pending_rows(self) -> list[tuple[int, bytes]]:
         """Return the sequence numbers and packed rows of what is pending, the earliest first."""
@@ -282,7 +282,7 @@ class IndexWriter:
 
     def key_of(self, inode: int) -> bytes:
         """Return where the lake has it, or would have it; a directory without a slash at the end."""
-        return _key_of(_nodes_down_to(self._txn, self._dbs["nodes"], inode))
+        return _key_of(self._txn, self._dbs["nodes"], inode)
 
     def child(self, parent: int, name: bytes) -> tuple[Inode, Node] | None:
         packed = self._txn.get(child_key(parent, name), db=self._dbs["children"])
@@ -471,16 +471,21 @@ def _nodes_down_to(txn: lmdb.Transaction, nodes: lmdb._Database, inode: int) -> 
     return found[::-1]
 
 
-def _key_of(nodes: list[Node]) -> bytes:
-    """Return the key of the last of *nodes*, which lead to it from below the root."""
-    key = b""
-    for node in nodes:
+def _key_of(txn: lmdb.Transaction, nodes: lmdb._Database, inode: int) -> bytes:
+    """Return the key of *inode*, from the nearest node above it, or itself, of which it is known."""
+    names: list[bytes] = []
+    while inode != ROOT_INODE:
+        packed = txn.get(inode_key(inode), db=nodes)
+        if packed is None:
+            raise CacheError(f"index: inode {inode} has no node")
+        node = decode_node(packed)
         if node.origin:
-            key = node.origin.rstrip(b"/")
-        else:
-            name = node.name + os.fsencode(SYMLINK_SUFFIX) if node.kind == KIND_SYMLINK else node.name
-            key = key + b"/" + name if key else name
-    return key
+            names.append(node.origin.rstrip(b"/"))
+            break
+        is_symlink = node.kind == KIND_SYMLINK
+        names.append(node.name + os.fsencode(SYMLINK_SUFFIX) if is_symlink else node.name)
+        inode = node.parent
+    return b"/".join(reversed(names))
 
 
 def remove_index(directory: Path) -> None:

@@ -19,7 +19,7 @@ import msgspec
 from cache.errors import CacheError, UsageError
 from cache.pending import Pending, decode_pending, encode_pending
 
-FORMAT = b"sluicefs-journal 1"
+FORMAT = b"sluicefs-journal 2"
 MAP_BYTES = 1 << 36  # Address space, not memory: a row takes some 200 bytes.
 
 

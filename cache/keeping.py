@@ -61,8 +61,8 @@ class Keeping:
 
     def may_go_further(self, samples: SampleSet) -> bool:
         """Return whether it is no scan that is too far ahead: what was fetched for it leaves late."""
-        if samples.pattern is not Pattern.SCAN or samples.epoch > 1:
-            return True
+        if samples.large or samples.pattern is not Pattern.SCAN or samples.epoch > 1:
+            return True  # Of large members, `SampleSet` itself lets few be ahead.
         ahead_bytes = samples.unused_ahead * samples.members.mean_bytes
         return ahead_bytes * _SCAN_SHARE <= self._residency.size_bytes
 

@@ -91,12 +91,20 @@ class Claims:
     def on(self, key: bytes, *, whole_tree: bool) -> Iterator[int]:
         """Yield the operations that touch *key*, or a tree that holds it, and with *whole_tree* those
         that touch something below it. One may come several times.
+
+        A file and a directory of one name are one key here: a lake may not have room for both.
         """
         yield from self._keys.at(key)
         for prefix in prefixes(key):
             yield from self._trees.get(prefix, ())
-        if whole_tree:
-            yield from self._keys.below(key)
+            yield from self._keys.at(prefix[:-1])
+        if key.endswith(b"/"):
+            yield from self._keys.at(key[:-1])
+            if whole_tree:
+                yield from self._keys.below(key)
+        else:
+            yield from self._keys.at(key + b"/")
+            yield from self._keys.below(key + b"/")
 
 
 def discard(sets: defaultdict[K, set[int]] | defaultdict[K, set[bytes]], key: K, item: int | bytes) -> None:

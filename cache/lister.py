@@ -18,9 +18,9 @@ from cache.index import Index, IndexWriter
 from cache.lake.base import ListPage
 from cache.lake_io import LakeIO
 from cache.listing import Changed, ListingInProgress, node_of, put_directory, put_file
-from cache.model import ROOT_INODE, SYMLINK_SUFFIX, Inode, ObjectInfo
+from cache.model import CONTROL_NAME, ROOT_INODE, SYMLINK_SUFFIX, Inode, ObjectInfo
 from cache.overlay import Overlay, is_kept, prefix_of
-from cache.pending import PendingTable
+from cache.pending import KeyWatch, PendingTable
 from cache.policy.freshness import Freshness
 from cache.policy.names import why_no_name
 from cache.records import Node
@@ -128,8 +128,11 @@ class Lister:
     async def lookup(self, parent: Inode, name: bytes) -> bool:
         """Make the index say what *name* is now; return whether there is such an entry.
 
-        While the lake is away, what it said last counts. Raises LakeError.
+        The control directory is none: the lake's entry of that name is hidden. While the lake is away,
+        what it said last counts. Raises LakeError.
         """
+        if parent == ROOT_INODE and name == CONTROL_NAME:
+            return False
         known = self._index.child(parent, name)
         if known is not None and self._is_local(*known):
             return True
@@ -242,18 +245,17 @@ class Lister:
                 page = await self._lake.list_page(prefix, token, delimiter=False)
                 if not overlay.settle(self._index):
                     return False  # The listing is stale: it is thrown away.
-                touched = watch.names | watch.above
-                if any(self._is_shown(info.version.key, prefix, overlay, touched) for info in page.objects):
+                keys = [os.fsencode(info.version.key) for info in page.objects]
+                if any(self._is_shown(key, overlay, watch) for key in keys):
                     return False
             token = page.next_token
             if token is None:
                 break
         return True
 
-    def _is_shown(self, key: str, prefix: str, overlay: Overlay, touched: set[bytes]) -> bool:
-        """*touched*: what operations touched below *prefix* since it was listed: that may be gone."""
-        part = os.fsencode(key[len(prefix) :].partition("/")[0])
-        return part not in touched and not overlay.hides(os.fsencode(key))
+    def _is_shown(self, key: bytes, overlay: Overlay, watch: KeyWatch) -> bool:
+        """*watch*: of what operations touched since *key* was listed: that may be gone."""
+        return not watch.has_touched(key) and not overlay.hides(key)
 
     def _is_listed(self, inode: Inode) -> bool:
         state = self._index.directory(inode)

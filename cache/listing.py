@@ -11,9 +11,18 @@ import msgspec
 from cache.index import IndexWriter
 from cache.lake.base import ListPage
 from cache.metadata import attributes_of
-from cache.model import KIND_DIRECTORY, KIND_FILE, KIND_SYMLINK, SYMLINK_SUFFIX, Inode, ObjectInfo
+from cache.model import (
+    CONTROL_NAME,
+    KIND_DIRECTORY,
+    KIND_FILE,
+    KIND_SYMLINK,
+    ROOT_INODE,
+    SYMLINK_SUFFIX,
+    Inode,
+    ObjectInfo,
+)
 from cache.overlay import Overlay, is_placeholder
-from cache.policy.names import MARKER_WITH_CONTENT, SHADOWED, WRITTEN_HERE, why_no_name
+from cache.policy.names import CONTROL_DIRECTORY, MARKER_WITH_CONTENT, SHADOWED, WRITTEN_HERE, why_no_name
 from cache.records import DirectoryState, HiddenKey, Node
 
 Changed = list[tuple[Inode, bytes]]  # (parent, name) of entries that show something else now.
@@ -117,12 +126,17 @@ class ListingInProgress:
         self.pages += 1
         for prefix in page.prefixes:
             part = prefix[len(self._prefix) : -1]
-            if (reason := why_no_name(part)) is not None:
+            if (reason := self._why_hidden(part)) is not None:
                 self._hide(w, prefix, reason)
                 continue
             self._take_directory(w, os.fsencode(part), prefix)
         for info in page.objects:
             self._take_object(w, info)
+
+    def _why_hidden(self, name: str) -> str | None:
+        if self.inode == ROOT_INODE and os.fsencode(name) == CONTROL_NAME:
+            return CONTROL_DIRECTORY
+        return why_no_name(name)
 
     def _settle(self, w: IndexWriter) -> bool:
         self.is_stale = self.is_stale or not self._overlay.settle(w)
@@ -169,7 +183,7 @@ class ListingInProgress:
             if info.version.size_bytes:
                 self._hide(w, key, MARKER_WITH_CONTENT)
             return
-        if (reason := why_no_name(part) or why_no_name(entry_of(part)[0])) is not None:
+        if (reason := why_no_name(part) or self._why_hidden(entry_of(part)[0])) is not None:
             self._hide(w, key, reason)
             return
         node = node_of(self.inode, os.fsencode(entry_of(part)[0]), info)

@@ -64,11 +64,9 @@ class Used(msgspec.Struct, tag=6, array_like=True):
 
 
 class ReadSeen(msgspec.Struct, tag=7, array_like=True):
-    """A hit in a file that is not whole: the read-ahead wants to know. Not answered."""
+    """Hits in large files: (inode, offset, length), adjacent ones as one. Not answered."""
 
-    inode: int
-    offset: int
-    length: int
+    reads: list[tuple[int, int, int]]
 
 
 class RelistAhead(msgspec.Struct, tag=8, array_like=True):
@@ -189,6 +187,45 @@ class AwaitRoom(msgspec.Struct, tag=21, array_like=True):
     """Answered when the dirty bytes are below --dirty-max again, or after minutes: ask again then."""
 
 
+# The files of `.sluice/`: see cache/control_files.py. Their tags leave room for others above.
+
+
+class TakeSnapshot(msgspec.Struct, tag=40, array_like=True):
+    """Answered with the number of a snapshot of the control file."""
+
+    name: bytes
+
+
+class ReadSnapshot(msgspec.Struct, tag=41, array_like=True):
+    """Answered with bytes of the snapshot. ObjectMissing if it is too old."""
+
+    number: int
+    offset: int
+    length: int
+
+
+class WriteText(msgspec.Struct, tag=42, array_like=True):
+    """A piece of what is written to the control file *name* by *handle*. TextRefused if it is of no use."""
+
+    handle: int
+    name: bytes
+    offset: int
+    body: bytes
+
+
+class FinishText(msgspec.Struct, tag=43, array_like=True):
+    """Use what was written by *handle*, which *is_closed* or only synced. TextRefused as above."""
+
+    handle: int
+    is_closed: bool
+
+
+class PipeLookedUp(msgspec.Struct, tag=44, array_like=True):
+    """Somebody may open this FIFO of a read-only mount next. Answered once it has a reader."""
+
+    name: bytes
+
+
 Change = (
     Create
     | MakeDirectory
@@ -214,7 +251,13 @@ Request = (
     | Closed
     | Sync
     | AwaitRoom
+    | TakeSnapshot
+    | ReadSnapshot
+    | WriteText
+    | FinishText
+    | PipeLookedUp
 )
+ControlRequest = TakeSnapshot | ReadSnapshot | WriteText | FinishText | PipeLookedUp
 UNANSWERED = (Used, ReadSeen, RelistAhead, Closed)
 
 

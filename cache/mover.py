@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import trio
 
+import sluicefs
 from cache import messages
 from cache.ahead import SetReadAhead
 from cache.committer import Committer
 from cache.config import MountConfig
+from cache.control_files import TEXT_BYTES_MAX, WRITABLE, ControlFiles
 from cache.counters import Counters
 from cache.dispatching import UploadConfig
 from cache.engine import Engine
@@ -30,9 +32,12 @@ from cache.lake_io import LakeIO
 from cache.lister import Lister
 from cache.listing import Changed
 from cache.messages import Answer
-from cache.model import MIB, Inode, ObjectVersion
+from cache.model import MIB, SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
+from cache.pinning import Keeper
+from cache.pins import Pins
+from cache.pipes import PIPES_NAME, Pipes
 from cache.places import Tier
 from cache.policy.freshness import Freshness
 from cache.policy.policies import make_policy
@@ -48,6 +53,8 @@ from cache.store import read_store_id
 from cache.survey import Survey
 from cache.tier import TierBudget, TierFiles
 from cache.uploader import Uploader
+from cache.walking import Walker
+from cache.warming import Warmer
 from cache.write_path import (
     Ledger,
     Shared,
@@ -65,9 +72,12 @@ _DISK_THREADS = 6
 _LIST_THREADS = 12
 _AHEAD_FLIGHTS_MAX = 8  # Of at most 8 MiB each: what read-ahead takes of the mover's memory.
 _AHEAD_WINDOW_BYTES_MAX = 80 * MIB  # What one sequential reader has under way at most.
-# ext4 keeps the extents of a file that has more than four in blocks of their own, which nobody charges:
-# at worst one of 4 KiB for five of a sparse file's blocks of 128 KiB, which is 1/160.
+# ext4 keeps the extents of a file that has more than four in blocks of their own of 4 KiB, which nobody
+# charges: up to 340 in each, so with every other block of 16 KiB there, and leaves half full, 1/680.
+# A file whose last five blocks lie apart is worse; but before small runs of blocks are fetched of a file,
+# sixteen units of 1 MiB were, so that there are next to none of these.
 _EXTENTS_SHARE = 128
+_AHEAD_WINDOW_SHARE = 4  # Of the smallest disk tier: what is fetched ahead must stay until it is read.
 _SAVE_USAGE_EVERY_S = 30.0
 
 
@@ -104,6 +114,11 @@ class Mover:
     ahead: SetReadAhead | None  # None: --read-ahead says so.
     started_at_s: float
     table: PendingTable
+    walker: Walker
+    warmer: Warmer
+    keeper: Keeper
+    control_files: ControlFiles
+    pipes: Pipes
     write_path: WritePath | None = None  # Neither on a read-only mount.
     uploader: Uploader | None = None
     recorders: list[Recorder] = field(default_factory=list)  # Of every request, while `sluice trace` runs.
@@ -135,10 +150,12 @@ class Mover:
             case messages.List(inode):
                 await self.lister.list_directory(Inode(inode))
             case messages.Fetch(inode, offset, length):
-                self._note_use(inode, time.time())
+                began_s = time.time()
                 await self._of_version(
-                    Inode(inode), lambda version: self.fetcher.fetch(version, offset, length)
+                    Inode(inode), lambda version: self._fetch(Inode(inode), version, offset, length)
                 )
+                if self.ahead is not None:
+                    self.ahead.waited(Inode(inode), time.time() - began_s)
             case messages.ReadThrough(inode, offset, length):
                 body = await self._of_version(
                     Inode(inode), lambda version: self.fetcher.read_through(version, offset, length)
@@ -150,13 +167,62 @@ class Mover:
                 self.residency.used(items, time.time())
                 for inode, used_at_s in zip(files, at_s, strict=False):
                     self._note_use(inode, used_at_s)
-            case messages.ReadSeen(inode, offset, length):
-                self.fetcher.read_seen(self._version(Inode(inode)), offset, length, stalled=False)
+            case messages.ReadSeen(reads):
+                for inode, offset, length in reads:
+                    self._note_read(Inode(inode), offset, length)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
+            case (
+                messages.TakeSnapshot()
+                | messages.ReadSnapshot()
+                | messages.WriteText()
+                | messages.FinishText()
+                | messages.PipeLookedUp()
+            ):
+                return await self._control(request)
             case _:
                 return await self._write(request, id)
         return Answer(0)
+
+    async def _control(self, request: messages.ControlRequest) -> Answer:
+        files = self.control_files
+        match request:
+            case messages.TakeSnapshot(name):
+                return Answer(0, value=files.snapshot(name))
+            case messages.ReadSnapshot(number, offset, length):
+                return Answer(0, body=files.read(number, offset, length))
+            case messages.WriteText(handle, name, offset, body):
+                await files.write(handle, name, offset, body)
+            case messages.FinishText(handle, is_closed):
+                await files.finish(handle, is_closed=is_closed)
+            case messages.PipeLookedUp(name):
+                await self.pipes.looked_up(name)
+        return Answer(0)
+
+    def _note_read(self, inode: Inode, offset: int, length: int) -> None:
+        node = self.index.node(inode)
+        if node is not None and node.vid:  # Else it has gone, or has another version, since it was read.
+            self.fetcher.read_seen(self._version(inode), offset, length)
+            self._note_large(inode, self._version(inode), offset + length)
+
+    async def _fetch(self, inode: Inode, version: ObjectVersion, offset: int, length: int) -> None:
+        if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+            self._note_use(inode, time.time())
+            await self.fetcher.fetch(version, offset, length)
+            return
+        try:
+            await self.fetcher.fetch(version, offset, length)
+        finally:
+            self._note_large(inode, version, offset + length)
+
+    def _note_large(self, inode: Inode, version: ObjectVersion, end: int) -> None:
+        """Tell the read-ahead of sets who goes through a large file, and who has come to its end."""
+        use = self.fetcher.take_use(version.id)
+        if self.ahead is None:
+            return
+        if use is not None:
+            self.ahead.used(inode, time.time(), use)
+        self.ahead.seen(inode, version.id, time.time(), end=end >= version.size_bytes)
 
     def _note_use(self, inode: int, now_s: float) -> None:
         if self.ahead is not None:
@@ -181,7 +247,11 @@ class Mover:
             case messages.AwaitRoom():
                 await changes.await_room()
             case _:
-                return await changes.apply(request, id)
+                answer = await changes.apply(request, id)
+                if isinstance(request, messages.Rename):
+                    self.keeper.renamed(request.new_parent, request.new_name)
+                self.keeper.names_changed()
+                return answer
         return Answer(0)
 
     async def _of_version(self, inode: Inode, ask: Callable[[ObjectVersion], Awaitable[T]]) -> T:
@@ -232,6 +302,11 @@ def make_tiers(config: MountConfig, plans: list[TierPlan]) -> list[Tier]:
     ]
 
 
+def _window_bytes_max(residency: Residency) -> int:
+    sizes = [tier.budget.size_bytes for tier in residency.tiers if not tier.files.is_memory]
+    return min(_AHEAD_WINDOW_BYTES_MAX, min(sizes) // _AHEAD_WINDOW_SHARE)
+
+
 def open_index(directory: Path, *, may_rebuild: bool) -> Index:
     """Open the index; one that is corrupt is made anew, since all in it can be had again."""
     try:
@@ -271,6 +346,9 @@ async def run_mover(
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
     residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine, shared.opens)
+    pins = Pins(config.index_directory, index)
+    for tier in residency.tiers:
+        tier.is_pinned = pins.is_pinned
     ledger = None
     try:
         if config.read_only:
@@ -285,7 +363,7 @@ async def run_mover(
                 lake_io,
                 index,
                 residency,
-                SequentialReadAhead(_AHEAD_WINDOW_BYTES_MAX) if config.read_ahead != "none" else None,
+                SequentialReadAhead(_window_bytes_max(residency)) if config.read_ahead != "none" else None,
                 ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
                 quick=QuickFills(residency, committer, lake_engine),
             )
@@ -306,6 +384,9 @@ async def run_mover(
                     make_upcoming=orders.make_upcoming,
                 )
                 nursery.start_soon(ahead.run)
+            walker = Walker(index, lister)
+            warmer = Warmer(lake_io, index, residency, fetcher, config.fetch_threads)
+            files = ControlFiles(nursery, config, orders, walker, warmer, sluicefs.__version__)
             mover = Mover(
                 config,
                 index,
@@ -319,13 +400,22 @@ async def run_mover(
                 ahead,
                 time.time(),
                 table,
+                walker,
+                warmer,
+                Keeper(index, residency, walker, pins),
+                files,
+                Pipes(nursery, config.mountpoint / os.fsdecode(PIPES_NAME), files.take, TEXT_BYTES_MAX),
             )
             await restore(residency, index, committer, disk_engine)
             if ledger is not None:
                 mover.write_path = _start_writing(mover, nursery, ledger, disk_engine, shared)
             nursery.start_soon(residency.adopt_all)
+            nursery.start_soon(mover.keeper.run)
             nursery.start_soon(residency.keep_dram_room)
             nursery.start_soon(mover.save_usage_regularly)
+            if not first and config.read_only:  # Who waits to write to a mover that died finds a reader.
+                for name in WRITABLE:
+                    nursery.start_soon(mover.pipes.looked_up, name)
             await serve(mover, changed_receive)
             if mover.write_path is not None:
                 await mover.write_path.settle()

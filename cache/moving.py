@@ -57,18 +57,26 @@ class _Tree:
 class Moves:
     """Carries out Move, Delete, Mark and Restate rows.
 
-    All raise LakeError and leave the row, Stale where there is nothing to do. `changed` gets the
-    entries that turned out to be something else in the lake: for the lister to look at.
+    All raise LakeError and leave the row, Stale where there is nothing to do. *waits*: a Delete must
+    wait, since somebody has the file open. `changed` gets the entries that turned out to be something
+    else in the lake: for the lister to look at.
     """
 
     def __init__(
-        self, lake: LakeIO, index: Index, committer: Committer, table: PendingTable, keeper: JournalKeeper
+        self,
+        lake: LakeIO,
+        index: Index,
+        committer: Committer,
+        table: PendingTable,
+        keeper: JournalKeeper,
+        waits: Callable[[Delete], bool],
     ) -> None:
         self._lake = lake
         self._index = index
         self._committer = committer
         self._table = table
         self._keeper = keeper
+        self._waits = waits
         self._copies = trio.CapacityLimiter(_COPIES_AT_ONCE)
         self.changed: list[tuple[Inode, bytes]] = []
 
@@ -78,26 +86,41 @@ class Moves:
             raise Stale(str(seq))
         if row.is_tree:
             await self._move_tree(seq, row)
-        else:
-            await self._move_file(seq, row)
+            await self._finish(seq)
+            return
+        is_as_known = await self._move_file(seq, row)
         await self._finish(seq)
+        if not is_as_known:  # To be told last: while an operation touches a name, no listing changes it.
+            self._note_changed(row.inode)
 
     # One object
 
-    async def _move_file(self, seq: int, row: Move) -> None:
+    async def _move_file(self, seq: int, row: Move) -> bool:
+        """Return whether the object was there, and was the one that the index knows."""
         source, target = os.fsdecode(row.source), os.fsdecode(row.key)
+        is_as_known = True
         if not row.copied:
-            asked = ObjectVersion(source, row.etag, row.size_bytes)
-            if source == target:
-                copied = _Copied(asked, None)
-            else:
-                copied = await self._copy(asked, target)
+            asked = await self._asked(row, source)
+            copied = await self._copy(asked, target) if asked.etag else _Copied(asked, None)
             await self._committer.commit(lambda w: self._flip_file(w, seq, row, copied))
-            if source != target and (copied.info is None or copied.source != asked):
-                self._note_changed(row.inode)
-        if source != target:
-            await self._keeper.settled()
-            await self._delete([source])
+            is_as_known = copied.info is not None and copied.source == asked
+        await self._keeper.settled()
+        await self._delete([source])
+        return is_as_known
+
+    async def _asked(self, row: Move, source: str) -> ObjectVersion:
+        """Return what is to be moved, without an ETag if nothing is there. Raises LakeError."""
+        node = self._index.node(row.inode) if row.inode else None
+        if node is not None and node.etag and self._index.key_of(row.inode) == row.source:
+            return ObjectVersion(
+                source, node.etag, node.size_bytes
+            )  # An operation before may have changed it.
+        if row.etag:
+            return ObjectVersion(source, row.etag, row.size_bytes)
+        try:
+            return (await self._lake.head(source)).version
+        except ObjectMissing:
+            return ObjectVersion(source, "", 0)
 
     async def _copy(self, version: ObjectVersion, target: str) -> _Copied:
         """Copy *version*, or what has taken its place meanwhile. It may have been copied already."""
@@ -128,26 +151,23 @@ class Moves:
         return _Copied(version, None)
 
     def _flip_file(self, w: IndexWriter, seq: int, row: Move, copied: _Copied) -> None:
-        now = self._table.rows.get(seq)
-        if not isinstance(now, Move):
-            return  # Removed meanwhile, with Deletes of both keys.
-        self._table.replace(w, seq, replace(row, copied=True, error=""))
-        node = w.node(row.inode)
+        now = self._table.rows[seq]
+        assert isinstance(now, Move), now  # Nobody takes the row of what is under way.
+        self._table.replace(w, seq, replace(now, copied=True, error=""))
+        node = w.node(row.inode) if row.inode else None
         if copied.info is not None:
             self._tell_followers(w, seq, row.key, copied.info.version.etag)
-            if node is not None and (node.etag, node.size_bytes) == (row.etag, row.size_bytes):
-                node = replace(node, etag=copied.info.version.etag)
-        if node is not None and not node.staged:
-            put_origin(w, row.inode, node, row.key)
+        if node is not None and not node.staged and w.key_of(row.inode) == row.source:
+            _place(w, row.inode, _with_etag(node, copied), row.key)
 
     def _tell_followers(self, w: IndexWriter, seq: int, key: bytes, etag: str) -> None:
         """Have moves that wait for this one to go on from *key* know what they will find."""
         for other, row in self._table.touching(key):
-            if other != seq and isinstance(row, Move) and row.source == key:
+            if other != seq and isinstance(row, Move) and row.source == key and row.etag:
                 self._table.replace(w, other, replace(row, etag=etag))
 
     def _note_changed(self, inode: int) -> None:
-        node = self._index.node(inode)
+        node = self._index.node(inode) if inode else None
         if node is not None and not self._index.is_detached(inode):
             self.changed.append((Inode(node.parent), node.name))
 
@@ -162,13 +182,15 @@ class Moves:
 
     async def _move_tree(self, seq: int, row: Move) -> None:
         tree = _Tree(os.fsdecode(row.source), os.fsdecode(row.key))
-        if tree.source == tree.target:
-            await self._committer.commit(lambda w: self._flip_tree(w, seq, row, tree))
-            return
         arrived = await self._sizes_below(tree.target) if row.copied else {}
 
         async def move_page(page: Sequence[ObjectInfo]) -> None:
-            wanted = [info.version for info in page if self._take(row, tree, info.version, arrived, seq)]
+            found = [info.version for info in page]
+            wanted = [version for version in found if self._is_wanted(seq, tree, version, arrived)]
+            if row.copied:  # Again, after a power loss: an operation that comes next may have put these here.
+                tree.gone += {version.key for version in found} - {version.key for version in wanted}
+                return
+            tree.gone += [version.key for version in found]
             moves = iter(wanted)
             await run_all([partial(self._copy_some, tree, moves)] * min(_COPIES_AT_ONCE, len(wanted)))
 
@@ -179,47 +201,15 @@ class Moves:
         if not row.copied:
             await self._committer.commit(lambda w: self._flip_tree(w, seq, row, tree))
         await self._keeper.settled()
-        gone = [*tree.gone, *reversed(directories)]
-        await self._delete([key for key in gone if not self._is_needed(row, os.fsencode(key), seq)])
+        await self._delete([*tree.gone, *reversed(directories)])
 
-    def _take(
-        self, row: Move, tree: _Tree, version: ObjectVersion, arrived: dict[str, int], seq: int
-    ) -> bool:
-        """Return whether the object is to be copied; note whether its old key is to go."""
-        if self._is_needed(row, os.fsencode(version.key), seq):
-            return False  # It was moved elsewhere since: that move takes it from here.
-        tree.gone.append(version.key)
-        rest = version.key[len(tree.source) :]
-        if arrived.get(tree.target + rest) == version.size_bytes:
+    def _is_wanted(self, seq: int, tree: _Tree, version: ObjectVersion, arrived: dict[str, int]) -> bool:
+        """Return whether the object is to be copied: not if it is there, or is to be deleted there next."""
+        target = tree.target + version.key[len(tree.source) :]
+        if arrived.get(target) == version.size_bytes:
             return False
-        return not self._is_superseded(row.inode, os.fsencode(rest))
-
-    def _is_needed(self, row: Move, key: bytes, seq: int) -> bool:
-        """Return whether what the lake has under *key* was moved out of this directory while it moved.
-
-        The first later operation there is then the move that takes it; before any other that begins
-        there, something else comes to this key. Moves of the source itself, or of a directory above
-        it, are of what came there since: this directory moves on from its target.
-        """
-        for place in (key, *prefixes(key)):
-            if len(place) <= len(row.source):
-                return False
-            later = [one for other, one in self._table.touching(place) if other > seq]
-            if later and isinstance(later[0], Move) and later[0].source == place and not later[0].copied:
-                return True
-        return False
-
-    def _is_superseded(self, inode: int, rest: bytes) -> bool:
-        """Return whether the mount shows something of its own below the directory at *rest*."""
-        node: Node | None = None
-        for name in rest.split(b"/"):
-            found = self._index.child(inode, name)
-            if found is None:
-                return False
-            inode, node = found
-            if node.origin or node.staged:
-                return True
-        return False
+        row = self._table.next_on(os.fsencode(target), seq)
+        return not (isinstance(row, Delete) and row.key == os.fsencode(target) and not self._waits(row))
 
     async def _copy_some(self, tree: _Tree, versions: Iterator[ObjectVersion]) -> None:
         for version in versions:
@@ -264,25 +254,39 @@ class Moves:
         return found
 
     def _flip_tree(self, w: IndexWriter, seq: int, row: Move, tree: _Tree) -> None:
-        now = self._table.rows.get(seq)
-        if not isinstance(now, Move):
-            return
-        self._table.replace(w, seq, replace(row, copied=True, error=""))
+        now = self._table.rows[seq]
+        assert isinstance(now, Move), now
+        self._table.replace(w, seq, replace(now, copied=True, error=""))
+        origins = self._origins_below(w, row.source) | {row.source: row.inode}
         for copied in tree.copied:
-            self._take_etag(w, row.inode, tree, copied)
-        node = w.node(row.inode)
-        if node is not None:
-            put_origin(w, row.inode, node, row.key)
+            self._take_etag(w, origins, copied)
+        for origin, inode in origins.items():
+            node = w.node(inode)
+            if node is not None and origin != row.source:
+                w.put_node(inode, replace(node, origin=row.key + origin[len(row.source) :]))
+            elif node is not None:
+                _place(w, inode, node, row.key)
 
-    def _take_etag(self, w: IndexWriter, inode: int, tree: _Tree, copied: _Copied) -> None:
+    def _origins_below(self, w: IndexWriter, source: bytes) -> dict[bytes, int]:
+        """Return the nodes that the lake has below *source* and later operations take from there, by keys."""
+        found = {}
+        for row in self._table.rows.values():
+            node = w.node(row.inode) if isinstance(row, Move | Delete) and row.inode else None
+            if node is not None and node.origin.startswith(source):
+                found[node.origin] = row.inode
+        return found
+
+    def _take_etag(self, w: IndexWriter, origins: dict[bytes, int], copied: _Copied) -> None:
+        """Have the copy's ETag known where it is another one, and to the moves that follow."""
         if copied.info is None or copied.info.version.etag == copied.source.etag:
             return
-        found = _find(w, inode, os.fsencode(copied.source.key[len(tree.source) :]))
-        if found is None:
-            return
-        child, node = found
-        if (node.etag, node.size_bytes) == (copied.source.etag, copied.source.size_bytes):
-            w.put_node(child, replace(node, etag=copied.info.version.etag))
+        self._tell_followers(w, 0, os.fsencode(copied.info.version.key), copied.info.version.etag)
+        key = os.fsencode(copied.source.key)
+        place = next(place for place in (key, *prefixes(key)) if place in origins)
+        inode = _find(w, origins[place], key[len(place) :])
+        node = w.node(inode) if inode else None
+        if node is not None and w.key_of(inode) == key:
+            w.put_node(inode, _with_etag(node, copied))
 
     # Deletes
 
@@ -375,12 +379,26 @@ class Moves:
         return None
 
 
-def _find(w: IndexWriter, inode: int, rest: bytes) -> tuple[int, Node] | None:
-    """Return the node at the path *rest* below a directory, with the changes of this transaction."""
-    found: tuple[int, Node] | None = None
-    for name in rest.split(b"/"):
+def _place(w: IndexWriter, inode: int, node: Node, key: bytes) -> None:
+    """Store the node so that the lake has it under *key*. One without a name can't go by its place."""
+    if w.is_detached(inode):
+        w.put_node(inode, replace(node, origin=key))
+    else:
+        put_origin(w, inode, node, key)
+
+
+def _with_etag(node: Node, copied: _Copied) -> Node:
+    """Return the node of what was copied, if it is that, with the ETag that it has now."""
+    if copied.info is None or (node.etag, node.size_bytes) != (copied.source.etag, copied.source.size_bytes):
+        return node
+    return replace(node, etag=copied.info.version.etag)
+
+
+def _find(w: IndexWriter, inode: int, rest: bytes) -> int:
+    """Return the inode at the path *rest* below a directory, 0 if there is none; it itself for b""."""
+    for name in rest.split(b"/") if rest else ():
         found = w.child(inode, name)
         if found is None:
-            return None
+            return 0
         inode = found[0]
-    return found
+    return inode

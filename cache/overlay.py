@@ -16,7 +16,6 @@ import stat
 import msgspec
 
 from cache.index import Index, IndexWriter
-from cache.model import ROOT_INODE
 from cache.pending import KeyWatch, Move, Pending, PendingTable, Restate
 from cache.records import Node
 
@@ -41,18 +40,6 @@ def is_placeholder(node: Node) -> bool:
     return is_object and not (node.etag or node.staged or node.origin)
 
 
-def _nearest_origin(w: Index | IndexWriter, inode: int) -> bytes:
-    """Return from where the lake's keys of a directory are shown: what was moved away from further
-    down is not, even if there is a new directory in its place.
-    """
-    while inode != ROOT_INODE:
-        node = w.node(inode)
-        if node is None or node.origin:
-            return node.origin if node is not None else b""
-        inode = node.parent
-    return b""
-
-
 class Overlay:
     """*prefix*: of the directory's keys when the listing began; *watch* was opened at that moment."""
 
@@ -62,7 +49,6 @@ class Overlay:
         self._inode = inode
         self._prefix = prefix
         self._path_prefix = prefix
-        self._through = b""
         self._is_empty = True
 
     def settle(self, w: Index | IndexWriter) -> bool:
@@ -72,7 +58,6 @@ class Overlay:
         """
         path, key = w.path_of(self._inode), w.key_of(self._inode)
         self._path_prefix = prefix_of(path)
-        self._through = _nearest_origin(w, self._inode)
         self._is_empty = not self._table.rows
         return prefix_of(key) == self._prefix and not self._watch.moved
 
@@ -85,8 +70,12 @@ class Overlay:
         return name in self._watch.names or name in self._watch.above
 
     def hides(self, key: bytes) -> bool:
-        """Return whether *key* (a directory's ends in "/") is deleted or moved away already."""
-        return not self._is_empty and self._table.hides(key, through=self._through)
+        """Return whether *key*, below the directory (a directory's own ends in "/"), is deleted or moved
+        away already: whether it ends up elsewhere than where the mount has it.
+        """
+        if self._is_empty:
+            return False
+        return self._table.fate(key) != self._path_prefix + key[len(self._prefix) :]
 
     def may_hide_all_below(self, name: bytes) -> bool:
         """Return whether what the lake has below the directory *name* may be all hidden: operations

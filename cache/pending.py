@@ -27,6 +27,7 @@ from cache.model import SYMLINK_SUFFIX
 from cache.records import Attributes
 
 OPEN, SEALED, CONFLICT, FAILED = "open", "sealed", "conflict", "failed"
+_LAST = 1 << 62  # After all operations.
 ANY_ETAG = "*"  # As base_etag: whatever the lake has there is replaced.
 
 
@@ -52,9 +53,8 @@ class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
     sealed_at_s: float = 0.0
     upload_id: str = ""
     part_bytes: int = 0
-    # Set, with the ctime of what is sent, before the first byte leaves: the lake may have an object or an
-    # upload of ours under this key, whatever the path is by now. A rename does not change it; whoever
-    # takes the row away adds a Delete of it.
+    # The row's key, set before the first byte leaves, with the ctime of what is sent: the lake may have an
+    # object or an upload of ours there. Whoever takes the row away adds a Delete or a Move of it.
     upload_key: bytes = b""
     error: str = ""
     upload_ctime_ns: int = 0
@@ -93,6 +93,9 @@ class Delete(msgspec.Struct, tag="delete", array_like=True, frozen=True):
 class Move(msgspec.Struct, tag="move", array_like=True, frozen=True):
     """An object or a whole directory that goes from *source*, a key, to *path*.
 
+    *source* and *key* are as of the time when the row was added. Where later renames carry it on, *path*
+    follows what the mount shows, and *to* is the path that this move leads to. *etag*: "" for
+    whatever is there, if anything. *inode*: 0 where no node has its content from *source*.
     *copied*: all is there under its new key, and the namespace says so; the old keys are to go.
     *replaces*: the lake has something there that the mount does not show any more.
     """
@@ -106,6 +109,7 @@ class Move(msgspec.Struct, tag="move", array_like=True, frozen=True):
     copied: bool = False
     error: str = ""
     replaces: bool = False
+    to: bytes = b""  # "": *path*.
 
     @property
     def is_tree(self) -> bool:
@@ -113,7 +117,8 @@ class Move(msgspec.Struct, tag="move", array_like=True, frozen=True):
 
     @property
     def key(self) -> bytes:
-        return self.path + b"/" if self.is_tree else object_key(self.path, self.kind)
+        path = self.to or self.path
+        return path + b"/" if self.is_tree else object_key(path, self.kind)
 
 
 class Restate(msgspec.Struct, tag="restate", array_like=True, frozen=True):
@@ -183,8 +188,6 @@ def touched_keys(row: Pending) -> tuple[bytes, ...]:
             return (row.source, row.key)
         case Local() | Orphan():
             return ()
-        case Put() if row.upload_key not in (b"", row.key):
-            return (row.key, row.upload_key)
         case _:
             return (row.key,)
 
@@ -200,13 +203,19 @@ class KeyWatch:
 
     def __init__(self, *prefixes: bytes) -> None:
         self._prefixes = prefixes
+        self._touched = Claims()
         self.names: set[bytes] = set()
         self.above: set[bytes] = set()
         self.moved = False
 
     def note(self, row: Pending) -> None:
+        self._touched.add(0, touched_keys(row), touched_trees(row))
         for key in touched_keys(row):
             self._note_key(key, whole_tree=isinstance(row, Move) and row.is_tree)
+
+    def has_touched(self, key: bytes) -> bool:
+        """Return whether an operation touched *key* itself, or a whole directory that it is in."""
+        return next(self._touched.on(key, whole_tree=False), None) is not None
 
     def _note_key(self, key: bytes, *, whole_tree: bool) -> None:
         for prefix in self._prefixes:
@@ -231,20 +240,16 @@ class Running(dict[int, tuple[bytes, ...]]):
         super().__init__()
         self._trees: dict[int, tuple[bytes, ...]] = {}
         self._claims = Claims()
-        self.pairs: dict[int, tuple[bytes, ...]] = {}  # Of those with two keys: moves, renamed uploads.
 
     def begin(self, seq: int, row: Pending) -> None:
         self.end(seq)
         self[seq], self._trees[seq] = touched_keys(row), touched_trees(row)
         self._claims.add(seq, self[seq], self._trees[seq])
-        if len(self[seq]) == 2:
-            self.pairs[seq] = self[seq]
 
     def end(self, seq: int) -> None:
         """It is known how it ended, if it was under way."""
         if seq in self:
             self._claims.discard(seq, self.pop(seq), self._trees.pop(seq))
-            self.pairs.pop(seq, None)
 
     def on(self, key: bytes, *, whole_tree: bool) -> Iterator[int]:
         return self._claims.on(key, whole_tree=whole_tree)
@@ -363,6 +368,11 @@ class PendingTable:
         """Return the rows that read or write exactly *key*, oldest first."""
         return [(seq, self.rows[seq]) for seq in sorted(self._claims.at(key))]
 
+    def next_on(self, key: bytes, after: int) -> Pending | None:
+        """Return the first operation after the operation *after* that touches *key*, None if none does."""
+        later = [seq for seq in self._claims.on(key, whole_tree=False) if seq > after]
+        return self.rows[min(later)] if later else None
+
     def put_at(self, path: bytes) -> tuple[int, Put] | None:
         for seq, row in self.at(path):
             if isinstance(row, Put):
@@ -373,22 +383,47 @@ class PendingTable:
         """Return whether the mount shows something at or below *path* that the lake may not list."""
         return bool(self._by_path.at(path)) or self._by_path.has_below(path + b"/")
 
-    def hides(self, key: bytes, *, through: bytes = b"") -> bool:
-        """Return whether what the lake has under *key* is deleted or moved away already.
+    def fate(self, key: bytes, after: int = -1) -> bytes | None:
+        """Return under which key what the lake has under *key* will be once all is done, None if it goes.
 
-        A *key* that ends in "/" is a directory that a listing rolled up. *through*: the origin of
-        the directory that is listed, if it has one: it is shown under its new path.
+        *after*: the operation that brings it to *key*; earlier ones have passed. A *key* that ends
+        in "/" is a directory.
         """
-        for seq in self._claims.at(key):
+        while True:
+            steps = [step for place in (key, *prefixes(key)) for step in self._steps(key, place, after)]
+            if not steps:
+                return key
+            after, target = min(steps)
+            if not target:
+                return None
+            key = target
+
+    def _steps(self, key: bytes, place: bytes, after: int) -> Iterator[tuple[int, bytes]]:
+        """Yield each operation on *place* that takes *key* along, and where to: b"" if it goes."""
+        for seq in self._claims.at(place):
             row = self.rows[seq]
-            if isinstance(row, Delete) or (isinstance(row, Move) and row.source == key != through):
-                return True
-        for prefix in prefixes(key):
-            for seq in () if through.startswith(prefix) else self._claims.at(prefix):
-                row = self.rows[seq]
-                if isinstance(row, Move) and row.source == prefix:
-                    return True
-        return False
+            if seq <= after:
+                continue
+            if isinstance(row, Delete) and place == key:
+                yield seq, b""
+            elif isinstance(row, Move) and row.source == place and (row.is_tree or place == key):
+                yield seq, b"" if row.copied else row.key + key[len(place) :]
+
+    def whereabouts(self, key: bytes, before: int = _LAST) -> bytes:
+        """Return under which key the lake has now what is under *key* when the operation *before* begins."""
+        while True:
+            steps = [step for place in (key, *prefixes(key)) for step in self._steps_back(key, place, before)]
+            if not steps:
+                return key
+            before, key = max(steps)
+
+    def _steps_back(self, key: bytes, place: bytes, before: int) -> Iterator[tuple[int, bytes]]:
+        for seq in self._claims.at(place):
+            row = self.rows[seq]
+            if seq >= before or not isinstance(row, Move) or row.copied:
+                continue
+            if row.key == place and (row.is_tree or place == key):
+                yield seq, row.source + key[len(place) :]
 
     def blocked(self, seq: int) -> bool:
         """Return whether an earlier operation, or one under way, touches the same keys: it goes first."""
@@ -423,6 +458,11 @@ def touched_trees(row: Pending) -> tuple[bytes, ...]:
     if not isinstance(row, Move | Delete):
         return ()
     return tuple(key for key in touched_keys(row) if key.endswith(b"/"))
+
+
+def unsent(row: Put) -> Put:
+    """Return the row without anything that may be in the lake and is not known to be."""
+    return msgspec.structs.replace(row, upload_id="", upload_key=b"", part_bytes=0, upload_ctime_ns=0)
 
 
 def _nothing() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import trio
 
 from cache.model import MIB, ObjectVersion
-from cache.policy.eviction import EvictionPolicy
+from cache.policy.eviction import EvictionPolicy, ItemId
 from cache.tier import TierBudget, TierFiles
 
 _GUARD_EVERY_BYTES = 64 * MIB  # The free-space guard asks the disk again after so many at most,
@@ -18,12 +18,17 @@ _GUARD_SHARE = 16  # and after this share of the space that it guards: so much i
 
 @dataclass
 class Tier:
-    """A tier's files, budget and policy. *free_min_bytes* stays free on its disk."""
+    """A tier's files, budget and policy. *free_min_bytes* stays free on its disk.
+
+    *is_pinned* tells of a version whether it may not leave the cache. What memory holds may be moved
+    all the same, so pins are carried out where things would leave: on disks.
+    """
 
     files: TierFiles
     budget: TierBudget
     policy: EvictionPolicy
     free_min_bytes: int = 0
+    is_pinned: Callable[[bytes], bool] = lambda vid: False
     room_lock: trio.Lock = field(default_factory=trio.Lock)
     unguarded_bytes: int = _GUARD_EVERY_BYTES
     landing_bytes: int = 0  # Charged and being written: the disk may not know of them yet.
@@ -32,6 +37,12 @@ class Tier:
     @property
     def name(self) -> str:
         return self.files.name
+
+    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
+        """Tell the policy, pins included. The index names the item by now."""
+        self.policy.added(item, size_bytes, used=used)
+        if not self.files.is_memory and self.is_pinned(item[:16]):
+            self.policy.pin(item)
 
     def has_room(self, charged_bytes: int) -> bool:
         """Return whether budget and disk have room; the disk is asked every so many bytes."""

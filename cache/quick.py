@@ -53,10 +53,10 @@ class QuickFills:
         *then* is called with None, or with what *get* or the storing raised: nothing of it is there then.
         """
         vid = version.id
-        held = self._residency.hold_nowait(vid, version.size_bytes, next.due)
-        if held is None:
+        begun = self._residency.begin_fill_nowait(vid, version.size_bytes, next.due)
+        if begun is None:
             return False
-        fill = _Fill(version, vid, next, then, *held)
+        fill = _Fill(version, vid, next, then, *begun)
         files = self._residency.tiers[fill.place].files
         job = partial(_land, files, version, vid, get)
         self._lake_engine.submit(job, partial(self._landed, fill), demand=False)
@@ -78,14 +78,14 @@ class QuickFills:
                 lambda: files.remove(fill.vid), lambda _: self._fail(fill, error), demand=False
             )
             return
-        self._residency.let_go(fill.vid, fill.place, fill.charged_bytes, landed=True)
-        policy = self._residency.tiers[fill.place].policy
-        policy.added(ItemId(fill.vid), fill.charged_bytes, used=False)
-        policy.expect(ItemId(fill.vid), fill.next)
+        self._residency.end_fill_nowait(fill.vid, fill.place, fill.charged_bytes, landed=True)
+        tier = self._residency.tiers[fill.place]
+        tier.added(ItemId(fill.vid), fill.charged_bytes, used=False)
+        tier.policy.expect(ItemId(fill.vid), fill.next)
         fill.then(None)
 
     def _fail(self, fill: _Fill, error: BaseException) -> None:
-        self._residency.let_go(fill.vid, fill.place, fill.charged_bytes, landed=False)
+        self._residency.end_fill_nowait(fill.vid, fill.place, fill.charged_bytes, landed=False)
         fill.then(error)
 
 

@@ -109,11 +109,11 @@ class VersionRow(msgspec.Struct, array_like=True, frozen=True):
         return ObjectVersion(self.key.decode("utf-8", "surrogateescape"), self.etag, self.size_bytes)
 
 
-_GROUP_HEAD = struct.Struct("<QQ")
+_GROUP_HEAD = struct.Struct("<Q")  # generation; the mask of presence and the checksums follow.
 
 
 class Group:
-    """Presence and xxh3 checksums of the up to 64 blocks of one group.
+    """Presence and xxh3 checksums of the up to GROUP_BLOCKS blocks of one group.
 
     *generation* grows whenever a block goes, so a reader that finds the same generation before
     and after it read the file knows that no block was punched out in between.
@@ -133,11 +133,15 @@ class Group:
 
     @classmethod
     def unpack(cls, packed: bytes) -> Group:
-        generation, present = _GROUP_HEAD.unpack_from(packed)
-        return cls(generation, present, array("Q", packed[_GROUP_HEAD.size :]))
+        (generation,) = _GROUP_HEAD.unpack_from(packed)
+        blocks = (len(packed) - _GROUP_HEAD.size) * 8 // 65  # A bit and eight bytes each.
+        start = len(packed) - 8 * blocks
+        present = int.from_bytes(packed[_GROUP_HEAD.size : start], "little")
+        return cls(generation, present, array("Q", packed[start:]))
 
     def pack(self) -> bytes:
-        return _GROUP_HEAD.pack(self.generation, self.present) + self.checksums.tobytes()
+        mask = self.present.to_bytes(ceil_div(len(self.checksums), 8), "little")
+        return _GROUP_HEAD.pack(self.generation) + mask + self.checksums.tobytes()
 
     @property
     def is_complete(self) -> bool:
@@ -156,11 +160,10 @@ class Group:
 
     def with_blocks(self, first: int, checksums: list[int]) -> Group:
         """Return this group with the blocks from *first* on (within the group) present."""
+        assert first + len(checksums) <= len(self.checksums)
         renewed = array("Q", self.checksums)
-        present = self.present
-        for i, checksum in enumerate(checksums, first):
-            renewed[i] = checksum
-            present |= 1 << i
+        renewed[first : first + len(checksums)] = array("Q", checksums)
+        present = self.present | range_mask(first, first + len(checksums) - 1)
         return Group(self.generation, present, renewed)
 
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -40,7 +39,6 @@ from cache.journal import Journal
 from cache.journaling import content_of, is_sealed
 from cache.model import KIND_DIRECTORY, ROOT_INODE, Inode, ObjectVersion
 from cache.pending import (
-    CONFLICT,
     OPEN,
     SEALED,
     Delete,
@@ -50,12 +48,10 @@ from cache.pending import (
     Orphan,
     Pending,
     PendingTable,
-    Placed,
     Put,
     Restate,
     decode_pending,
     encode_pending,
-    prefixes,
 )
 from cache.records import Node
 from cache.staging import StagingFiles
@@ -261,59 +257,28 @@ def _rebuild(index: Index, rows: Rows, staging: StagingFiles) -> Rows:
 
 
 class Places:
-    """Where the nodes of rows are: a move of a directory carries along what earlier rows bring there."""
+    """Where the nodes of *rows* are: what a row brought somewhere, later ones may have carried on."""
 
     def __init__(self, rows: Rows) -> None:
-        self._trees: defaultdict[bytes, list[tuple[int, Move]]] = defaultdict(list)
-        self._moves: defaultdict[int, list[int]] = defaultdict(list)  # Of one inode, in their order.
-        self._rows = rows
-        for seq, row in sorted(rows.items()):
-            if isinstance(row, Move):
-                self._moves[row.inode or -seq].append(seq)
-                if row.is_tree and not row.copied:
-                    self._trees[row.source].append((seq, row))
+        self._table = PendingTable()
+        self._table.load(rows.items())
 
-    def path_of(self, seq: int, row: Placed) -> bytes:
-        """Return the path that the mount showed for the row's node."""
-        if is_exact(row):
-            return row.path
-        is_directory = isinstance(row, Mark) or row.kind == KIND_DIRECTORY
-        key = row.path + (b"/" if is_directory else b"")
-        while (carrier := self._carrier(seq, key)) is not None:
-            seq, move = carrier
-            key = move.key + key[len(move.source) :]
-        return key.removesuffix(b"/")
+    def moved(self, seq: int, row: Move) -> Move | None:
+        """Return the move from where the lake has it now to where the mount shows it.
 
-    def _carrier(self, seq: int, key: bytes) -> tuple[int, Move] | None:
-        """Return the first move after *seq* that takes *key* along, None if it stays.
-
-        What a still later move takes from there is left where it is.
+        None where it brings nothing that the mount shows, or a later move of the same node does.
         """
-        above = [*prefixes(key), *([key] if key.endswith(b"/") else [])]
-        moves = [move for prefix in above for move in self._trees.get(prefix, ()) if move[0] > seq]
-        for number, move in sorted(moves, key=lambda one: one[0]):
-            if not any(other > number and len(later.source) > len(move.source) for other, later in moves):
-                return number, move
-        return None
-
-    def is_last(self, seq: int, row: Move) -> bool:
-        """Return whether the node of *row* is where this move brings it, not where a later one does."""
-        return self._moves[row.inode or -seq][-1] == seq
-
-    def source_of(self, seq: int, row: Move) -> Move:
-        """Return the first move that the lake has yet to make of this node's: it is at its source."""
-        moves = [self._rows[other] for other in self._moves[row.inode or -seq]]
-        return next((move for move in moves if isinstance(move, Move) and not move.copied), row)
+        last = max(other for other, move in self._table.of_inode(row.inode) if isinstance(move, Move))
+        key = self._table.fate(row.key, seq)
+        if not row.inode or key is None or last != seq:
+            return None
+        source = self._table.whereabouts(row.source, seq)
+        return replace(row, source=source, path=_path_of(key, row), to=b"")
 
 
-def is_exact(row: Placed) -> bool:
-    """Return whether the row always says where its node is: it is not for the lake, or waits."""
-    return isinstance(row, Local | Restate) or (isinstance(row, Put) and row.state == CONFLICT)
-
-
-def _begun_at(row: Move, first: Move) -> Move:
-    """Return the move of what the lake has where *first* begins."""
-    return replace(row, source=first.source, etag=first.etag, size_bytes=first.size_bytes)
+def _path_of(key: bytes, row: Move) -> bytes:
+    """Return the path of what *row* moves, once it is under *key*."""
+    return key[: len(key) - (len(row.key) - len(row.to or row.path))]
 
 
 class Planter:
@@ -322,24 +287,23 @@ class Planter:
     def __init__(self, w: IndexWriter) -> None:
         self._w = w
         self._made: set[Inode] = set()
+        self._inodes: dict[int, int] = {0: 0}  # What the rows' nodes were, and are now.
         self._now_ns = time.time_ns()
 
     def plant_all(self, rows: Rows) -> Rows:
         """Return the rows with the inodes that their nodes have now, 0 for those that need none."""
-        places, inodes = Places(rows), dict[int, int]()
+        places = Places(rows)
+        for seq, row in sorted(rows.items()):  # What the lake has, before what was made or changed here.
+            if isinstance(row, Move) and (moved := places.moved(seq, row)) is not None:
+                self._inodes[row.inode] = self.plant(moved).inode
         planted: Rows = {}
-        for exact in (False, True):  # What tells of the state of a node comes after what makes it.
+        for is_restate in (False, True):  # What tells of the state of a node comes after what makes it.
             for seq, row in sorted(rows.items()):
-                if isinstance(row, Delete | Orphan):
+                if not isinstance(row, Move) and isinstance(row, Restate) == is_restate:
                     planted[seq] = self.plant(row)
-                elif is_exact(row) == exact and not (isinstance(row, Move) and not places.is_last(seq, row)):
-                    placed = replace(row, path=places.path_of(seq, row))
-                    if isinstance(placed, Move):
-                        placed = _begun_at(placed, places.source_of(seq, placed))
-                    planted[seq] = replace(row, inode=self.plant(placed).inode)
-                    inodes[row.inode] = planted[seq].inode
+                    self._inodes[row.inode] = planted[seq].inode
         for seq in rows.keys() - planted.keys():
-            planted[seq] = replace(rows[seq], inode=inodes.get(rows[seq].inode, 0))
+            planted[seq] = replace(rows[seq], inode=self._inodes.get(rows[seq].inode, 0))
         return dict(sorted(planted.items()))
 
     def plant(self, row: Pending) -> Pending:
@@ -353,7 +317,10 @@ class Planter:
                 node = Node(0, b"", row.kind, mtime_ns=changed_ns, attributes=row.attributes)
                 return replace(row, inode=self._place(row.path, node))
             case Mark():
-                return replace(row, inode=self._dress_directory(row.path, attributes=row.attributes))
+                # A new directory in the place of one that was moved there has nothing of it.
+                origin = None if row.inode in self._inodes else b""
+                inode = self._dress_directory(row.path, attributes=row.attributes, origin=origin)
+                return replace(row, inode=inode)
             case Move():
                 return replace(row, inode=self._place_moved(row))
             case Restate():

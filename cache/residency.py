@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -24,6 +24,7 @@ from cache.lake.base import Body
 from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
+    GROUP_BYTES,
     MIB,
     GroupIndex,
     ObjectVersion,
@@ -77,25 +78,6 @@ class _Landing:
         return lambda w: put_whole(w, self.version, self.place, self.checksums)
 
 
-class Staying(Collection[bytes]):
-    """The versions that stay where they are: the busy ones, and those that the kernel reads itself."""
-
-    def __init__(self, busy: Collection[bytes], opens: OpenTable | None) -> None:
-        self._busy = busy
-        self._opens = opens
-
-    def __contains__(self, vid: object) -> bool:
-        if vid in self._busy:
-            return True
-        return self._opens is not None and isinstance(vid, bytes) and self._opens.is_passed_through(vid)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._busy)
-
-    def __len__(self) -> int:
-        return len(self._busy)
-
-
 class Residency:
     """All tiers together. For the mover's trio thread.
 
@@ -118,14 +100,19 @@ class Residency:
         self._lake_engine = lake_engine
         self._disk_engine = disk_engine
         self._busy: Counter[bytes] = Counter()  # Versions that are being written, moved or evicted.
-        # No victim in here: it would be gone, and take space that is not charged.
-        self._staying = Staying(self._busy, opens)
+        self._opens = opens
         # Invariant: a version in here is busy once, by whoever set it: fills of it wait. A block that
         # landed while its version moves or leaves would be indexed and then unlinked or punched.
         self._moving: dict[bytes, trio.Event] = {}
+        # The same for groups (20 bytes): those being filled, by how many, and those that leave alone
+        # while others of their version are filled. Invariant: their versions are busy; no group is both.
+        self._filling: Counter[bytes] = Counter()
+        self._leaving: dict[bytes, trio.Event] = {}
         self._sparse: dict[bytes, Sparse] = {}
         self._unverified: dict[bytes, tuple[int, int]] = {}  # Whole files without a row: tier, charge.
         self._usage: dict[bytes, Usage] = {}  # Since the last `save_usage`.
+        # Large versions that readers go through, see `hold`, and their use after this one, if it was told.
+        self._held: dict[bytes, Next | None] = {}
         self.ledger = Ledger()
         self.dram_low = trio.Event()
         self.demoted_bytes = 0
@@ -161,14 +148,16 @@ class Residency:
                 del self._busy[vid], self._moving[vid]
             done.set()
 
-    async def _settled(self, vid: VersionId) -> bool:
-        """Wait until nobody moves the version; return whether it is whole by then.
+    async def _settled(self, vid: VersionId, item: bytes = b"") -> bool:
+        """Wait until nobody moves the version or its group *item*; return whether it is whole by then.
 
         A file found without a row is verified first. Call `busy` at once after it, without an await.
         """
-        while vid in self._moving or vid in self._unverified:
+        while vid in self._moving or item in self._leaving or vid in self._unverified:
             if vid in self._moving:
                 await self._moving[vid].wait()
+            elif item in self._leaving:
+                await self._leaving[item].wait()
             else:
                 await self._adopt(vid)
         row = self._index.version(vid)
@@ -176,10 +165,10 @@ class Residency:
 
     # For fills that wait for nothing, see cache/quick.py
 
-    def hold_nowait(self, vid: VersionId, size_bytes: int, due: int | None) -> tuple[int, int] | None:
+    def begin_fill_nowait(self, vid: VersionId, size_bytes: int, due: int | None) -> tuple[int, int] | None:
         """Charge a whole object that nobody asked for; return its tier and the bytes, None if it must wait.
 
-        The version is busy then. End it with `let_go`, after a failure with its bytes given back.
+        The version is busy then. End it with `end_fill_nowait`, after a failure with its bytes given back.
         """
         if vid in self._moving or vid in self._unverified:
             return None
@@ -194,8 +183,8 @@ class Residency:
         self._busy[vid] += 1
         return place, charged
 
-    def let_go(self, vid: bytes, place: int, charged_bytes: int, *, landed: bool) -> None:
-        """End what `hold_nowait` began."""
+    def end_fill_nowait(self, vid: bytes, place: int, charged_bytes: int, *, landed: bool) -> None:
+        """End what `begin_fill_nowait` began."""
         self.tiers[place].landing_bytes -= charged_bytes
         if not landed:
             self.tiers[place].budget.give_back(charged_bytes)
@@ -203,10 +192,10 @@ class Residency:
         if not self._busy[vid]:
             del self._busy[vid]
 
-    def _place(self, size_bytes: int) -> int:
+    def _place(self, size_bytes: int, *, on_disk: bool = False) -> int:
         """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
         first = self.tiers[0]
-        if first.files.is_memory and size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX:
+        if first.files.is_memory and not on_disk and size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX:
             return 0
         return self._emptiest_disk(size_bytes)
 
@@ -260,6 +249,21 @@ class Residency:
         """Return what all tiers together hold at most."""
         return sum(tier.budget.size_bytes for tier in self.tiers)
 
+    def may_hold(self, version: ObjectVersion) -> bool:
+        """Return whether all of a large object has room where it goes, what is there of it included."""
+        state = self._sparse.get(version.id)
+        place = self._place(version.size_bytes) if state is None else state.tier
+        tier = self.tiers[place]
+        present_bytes = self.present_bytes(version.id)
+        missing_bytes = tier.files.whole_bytes(version.size_bytes) - present_bytes
+        others_bytes = max(0, tier.policy.spare_bytes - present_bytes)  # Most of it may be its own.
+        return missing_bytes + _KEPT_STEPS * _step_bytes(tier) <= tier.room_bytes + others_bytes
+
+    def present_bytes(self, vid: bytes) -> int:
+        """Return about how many bytes are there of a large object that is not whole: full blocks."""
+        state = self._sparse.get(vid)
+        return 0 if state is None else state.blocks_present * BLOCK_BYTES
+
     def _check_spare(self, place: int, charged_bytes: int, due: int | None) -> None:
         if not self._can_spare(place, charged_bytes, due):
             raise CacheFull(f"{self.tiers[place].name}: no room for {charged_bytes} bytes unasked")
@@ -270,7 +274,8 @@ class Residency:
         disks = [other for other in self.tiers if not other.files.is_memory]
         over = [tier, *disks] if tier.files.is_memory else [tier]
         spare_bytes = sum(each.room_bytes + each.policy.spare_bytes for each in over)
-        kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + charged_bytes) for each in over)
+        item_bytes = min(charged_bytes, GROUP_BYTES)  # What leaves at once for a miss, rounded up to items.
+        kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + item_bytes) for each in over)
         if tier.files.is_memory:
             kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
         short_bytes = charged_bytes + kept_bytes - spare_bytes
@@ -279,20 +284,28 @@ class Residency:
         return short_bytes <= 0
 
     async def fill_whole(
-        self, version: ObjectVersion, get: Callable[[], Body], *, demand: bool, next: Next = SOME_TIME
+        self,
+        version: ObjectVersion,
+        get: Callable[[], Body],
+        *,
+        demand: bool,
+        next: Next = SOME_TIME,
+        wanted: bool = False,
+        on_disk: bool = False,
     ) -> None:
         """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError.
 
-        *next*: without *demand*, when it is expected to be used.
+        *next*: when it is expected to be used, if it is neither demanded nor wanted. *wanted*: somebody
+        asked for it to be here, though nobody waits; *on_disk*: and not in memory.
         """
         vid = version.id
         if await self._settled(vid):
             return
         with self.busy(vid):
-            place = self._place(version.size_bytes)
+            place = self._place(version.size_bytes, on_disk=on_disk)
             files = self.tiers[place].files
             charged = files.whole_bytes(version.size_bytes)
-            await self.reserve(place, charged, demand=demand, due=next.due)
+            await self.reserve(place, charged, demand=demand or wanted, due=next.due)
             try:
                 with self.tiers[place].landing(charged):
                     checksums = await self._lake_engine.run(
@@ -304,40 +317,80 @@ class Residency:
                     await self._disk_engine.run(lambda: _remove(files, vid))
                 self.tiers[place].budget.give_back(charged)
                 raise
-            self.tiers[place].policy.added(ItemId(vid), charged, used=demand)
-            if not demand:
+            self.tiers[place].added(ItemId(vid), charged, used=demand)
+            if not (demand or wanted):
                 self.tiers[place].policy.expect(ItemId(vid), next)
 
     async def fill_blocks(
-        self, version: ObjectVersion, blocks: range, get: Callable[[], Body], *, demand: bool
+        self,
+        version: ObjectVersion,
+        blocks: range,
+        get: Callable[[], Body],
+        *,
+        demand: bool,
+        on_disk: bool = False,
+        is_spare: bool = False,
+        due: int | None = None,
     ) -> None:
-        """Get missing *blocks*, all in one group of a large object, and store them."""
+        """Get missing *blocks*, all in one group of a large object, and store them.
+
+        *is_spare*: they push out nothing that a recognised epoch needs, unless only after *due*.
+        """
         assert blocks.start // GROUP_BLOCKS == (blocks.stop - 1) // GROUP_BLOCKS, blocks
         vid = version.id
-        if await self._settled(vid):
+        item = group_key(vid, GroupIndex(blocks.start // GROUP_BLOCKS))
+        if await self._settled(vid, item):
             return
         with self.busy(vid):
             state = self._sparse.get(vid)
             if state is None:
-                state = self._sparse[vid] = Sparse(version, self._place(version.size_bytes))
+                place = self._place(version.size_bytes, on_disk=on_disk)
+                state = self._sparse[vid] = Sparse(version, place)
             try:
-                await self._fill_group(state, vid, blocks, get, demand)
-            except BaseException:
-                if not state.blocks_present and self._busy[vid] == 1:
-                    self._sparse.pop(vid, None)
-                    _remove(self.tiers[state.tier].files, vid)
-                raise
-            if state.blocks_present == block_count(version.size_bytes):
-                await self._make_whole(vid, state)
+                with self._filled(item):
+                    await self._fill_group(state, vid, blocks, get, demand, is_spare, due)
+                if state.blocks_present == block_count(version.size_bytes):
+                    await self._make_whole(vid, state)
+            finally:
+                self._forget_if_empty(vid)
+
+    @contextmanager
+    def _filled(self, item: bytes) -> Iterator[None]:
+        """Keep a group from leaving, for as long as the block runs."""
+        assert item not in self._leaving
+        self._filling[item] += 1
+        try:
+            yield
+        finally:
+            self._filling[item] -= 1
+            if not self._filling[item]:
+                del self._filling[item]
+
+    def _forget_if_empty(self, vid: bytes) -> None:
+        """Remove what is left of a sparse version without blocks, unless somebody else is at it."""
+        state = self._sparse.get(vid)
+        if state is None or state.blocks_present or self._busy[vid] > 1:
+            return
+        del self._sparse[vid]
+        if self._index.version(vid) is not None:
+            self._committer.commit_nowait(lambda w: w.remove_version(vid))
+        _remove(self.tiers[state.tier].files, vid)
 
     async def _fill_group(
-        self, state: Sparse, vid: VersionId, blocks: range, get: Callable[[], Body], demand: bool
+        self,
+        state: Sparse,
+        vid: VersionId,
+        blocks: range,
+        get: Callable[[], Body],
+        demand: bool,
+        is_spare: bool,
+        due: int | None,
     ) -> None:
         version, place = state.version, state.tier
         tier, offset = self.tiers[place], blocks.start * BLOCK_BYTES
         group, first = GroupIndex(blocks.start // GROUP_BLOCKS), blocks.start % GROUP_BLOCKS
         charged = charge(min(version.size_bytes, blocks.stop * BLOCK_BYTES) - offset)
-        await self.reserve(place, charged)
+        await self.reserve(place, charged, demand=not is_spare, due=due)
         try:
             with tier.landing(charged):
                 checksums = await self._lake_engine.run(
@@ -352,7 +405,7 @@ class Residency:
         assert len(checksums) == len(blocks)
         state.blocks_present += len(blocks)
         item = ItemId(group_key(vid, group))
-        tier.policy.added(item, (tier.policy.size_of(item) or 0) + charged, used=demand)
+        tier.added(item, (tier.policy.size_of(item) or 0) + charged, used=demand)
 
     async def _make_whole(self, vid: VersionId, state: Sparse) -> None:
         if self._sparse.pop(vid, None) is None:
@@ -379,7 +432,9 @@ class Residency:
             item = ItemId(group_key(vid, group))
             charged += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
-        tier.policy.added(ItemId(vid), charged, used=True)
+        tier.added(ItemId(vid), charged, used=vid not in self._held)
+        if vid in self._held:
+            tier.policy.expect(ItemId(vid))
 
     # Taking over what was uploaded
 
@@ -411,7 +466,7 @@ class Residency:
                     await self._take_back(place, vid, charged, landed=landing.landed)
             if landing.landed and adopted:
                 # Nobody asked for it yet; and so the newest of what was written leaves last.
-                self.tiers[place].policy.added(ItemId(vid), charged, used=False)
+                self.tiers[place].added(ItemId(vid), charged, used=False)
             return adopted
 
     async def _take_back(self, place: int, vid: VersionId, charged: int, *, landed: bool) -> None:
@@ -462,7 +517,7 @@ class Residency:
                 await self._disk_engine.run(lambda: _remove(tier.files, vid))
                 tier.budget.give_back(charged)
                 return False
-            tier.policy.added(ItemId(vid), charged, used=False)
+            tier.added(ItemId(vid), charged, used=False)
             return True
 
     async def adopt_all(self) -> int:
@@ -484,12 +539,28 @@ class Residency:
 
     def touched(self, item: ItemId) -> None:
         """Tell the eviction policies that a reader uses *item*."""
-        for tier in self.tiers:
-            tier.policy.touched(item)
-        self.ledger.used(item)
+        if item not in self._held:
+            for tier in self.tiers:
+                tier.policy.touched(item)
+        self.ledger.used(item[:16])
+
+    def hold(self, vid: bytes) -> None:
+        """Keep a large object, if it is whole, while a reader goes through it: it is used at its end."""
+        self._held[vid] = None
+        self.expect(vid)
+
+    def let_go(self, vid: bytes) -> None:
+        """The reader of an object that was held has come to its end, or nothing was heard of it since."""
+        next = self._held.pop(vid, None)
+        self.touched(ItemId(vid))
+        if next is not None:
+            self.expect(vid, next)
 
     def expect(self, vid: bytes, next: Next = SOME_TIME) -> None:
-        """Keep a whole object for an epoch that will use it."""
+        """Keep a whole object for an epoch that will use it. What is held stays as that is, meanwhile."""
+        if vid in self._held and next != SOME_TIME:
+            self._held[vid] = next
+            return
         for tier in self.tiers:
             tier.policy.expect(ItemId(vid), next)
 
@@ -513,6 +584,12 @@ class Residency:
         if usage:
             self._committer.commit_nowait(lambda w: put_usage(w, usage))
 
+    def has_to_stay(self, vid: bytes) -> str | None:
+        """Return why the version stays where it is for now; None if it may be moved and evicted."""
+        if vid in self._busy:
+            return "being written or moved"
+        return "open in passthrough" if self._is_passed_through(vid) else None
+
     def place_of(self, vid: bytes) -> int | None:
         row = self._index.version(vid)
         return None if row is None else row.tier
@@ -522,10 +599,13 @@ class Residency:
     async def _make_room(self, place: int, need_bytes: int) -> bool:
         """Free about *need_bytes*; return whether anything came free. Holds the tier's room_lock."""
         tier = self.tiers[place]
-        victims = tier.policy.victims(need_bytes, self._staying)
-        if tier.files.is_memory:
-            return await self._demote(place, victims) > 0
-        return await self.evict(place, victims) > 0 or await self._drop_unverified(place)
+        victims = tier.policy.victims(need_bytes, _Staying(self._stays))
+        if not tier.files.is_memory:
+            return await self.evict(place, victims) > 0 or await self._drop_unverified(place)
+        if await self._demote(place, victims) > 0:
+            return True
+        # What is being filled can't move, but what of it is not filled right now can leave.
+        return await self._evict_groups(tier, [item for item in victims if item[:16] in self._busy]) > 0
 
     async def _drop_unverified(self, place: int) -> bool:
         """Give up a file found without a row and not yet verified; return whether there was one."""
@@ -540,18 +620,75 @@ class Residency:
 
     async def evict(self, place: int, items: list[ItemId]) -> int:
         """Drop *items* from a tier; return the bytes that came free. Skips what has to stay."""
-        return await self._evict(place, [item for item in items if item[:16] not in self._staying])
+        return await self._evict(place, [item for item in items if not self._stays(item)])
 
     async def _evict(self, place: int, items: list[ItemId]) -> int:
         tier = self.tiers[place]
-        items = [item for item in items if self._may_leave(tier, item)]
+        alone = [item for item in items if item[:16] in self._busy]
+        items = [item for item in items if item[:16] not in self._busy and _is_in(tier, item)]
+        freed_bytes = 0
+        if items:
+            with self._moved(item[:16] for item in items):
+                freed_bytes = await self._evict_held(tier, items)
+        return freed_bytes + await self._evict_groups(tier, alone)
+
+    def _stays(self, item: bytes) -> bool:
+        """Return whether *item* is no victim: it would be gone, and take space that is not charged."""
+        vid = item[:16]
+        if vid in self._busy and not self._may_leave_alone(item):
+            return True
+        return self._is_passed_through(vid)
+
+    def _is_passed_through(self, vid: bytes) -> bool:
+        return self._opens is not None and self._opens.is_passed_through(vid)
+
+    def _may_leave_alone(self, item: bytes) -> bool:
+        """Return whether a group may go while other groups of its version are being filled.
+
+        It needs another group that keeps the file. While all groups are there, the version is being
+        made whole.
+        """
+        state = self._sparse.get(item[:16])
+        if state is None or item[:16] in self._moving:
+            return False
+        return item not in self._filling and item not in self._leaving
+
+    async def _evict_groups(self, tier: Tier, items: list[ItemId]) -> int:
+        """Drop groups of versions that are being filled: their rows and files stay.
+
+        Returns the bytes that came free.
+        """
+        items = [item for item in items if self._may_leave_alone(item) and _is_in(tier, item)]
         if not items:
             return 0
-        with self._moved(item[:16] for item in items):
-            return await self._evict_held(tier, items)
+        left = self._blocks_left(items)
+        gone = {vid: self._sparse[vid].blocks_present - count for vid, count in left.items()}
+        with ExitStack() as stack:  # No await from here to the first commit.
+            for vid in gone:
+                stack.enter_context(self.busy(vid))
+                stack.callback(self._forget_if_empty, vid)
+                self._sparse[vid].blocks_present -= gone[vid]  # At once: it might be taken for whole else.
+            stack.enter_context(self._left(items))
+            try:
+                await self._committer.commit(lambda w: drop_items(w, items, set()))
+            except BaseException:
+                for vid in gone:
+                    self._sparse[vid].blocks_present += gone[vid]
+                raise
+            await self._disk_engine.run(lambda: _remove_files(tier.files, items, set()))
+            return self._gone(tier, items)
 
-    def _may_leave(self, tier: Tier, item: ItemId) -> bool:
-        return item[:16] not in self._busy and tier.policy.size_of(item) is not None
+    @contextmanager
+    def _left(self, items: list[ItemId]) -> Iterator[None]:
+        """Have fills of these groups wait, for as long as the block runs."""
+        done = trio.Event()
+        self._leaving.update(dict.fromkeys(items, done))
+        try:
+            yield
+        finally:
+            for item in items:
+                del self._leaving[item]
+            done.set()
 
     async def _evict_held(self, tier: Tier, items: list[ItemId]) -> int:
         left = self._blocks_left(items)
@@ -562,11 +699,19 @@ class Residency:
             if not blocks_present:
                 del self._sparse[vid]
         await self._disk_engine.run(lambda: _remove_files(tier.files, items, last_groups))
+        return self._gone(tier, items)
+
+    def _gone(self, tier: Tier, items: list[ItemId]) -> int:
+        """Give the space of *items* back, which have left the disk; return their bytes."""
         freed = 0
         for item in items:
-            freed += tier.policy.size_of(item) or 0
+            size_bytes = tier.policy.size_of(item) or 0
+            freed += size_bytes
             tier.policy.removed(item)
-            self.ledger.left(item)
+            if len(item) == 16:
+                self.ledger.left(item)
+            else:
+                self.ledger.left_in_part(item[:16], size_bytes)
         tier.budget.give_back(freed)
         self.evicted_bytes += freed
         return freed
@@ -599,15 +744,33 @@ class Residency:
     async def _demote_each(self, place: int, vids: list[bytes], freed_bytes: list[int]) -> None:
         for vid in vids:
             try:
-                freed_bytes.append(await self._demote_version(place, VersionId(vid)))
+                freed_bytes.append(await self._move_version(place, VersionId(vid)))
             except CacheError as error:
+                if self.tiers[place].is_pinned(vid):
+                    log.warning("can't move %s to NVMe, it is pinned and stays: %s", vid.hex(), error)
+                    continue
                 log.warning("can't move %s to NVMe, it leaves the cache: %s", vid.hex(), error)
                 try:
                     freed_bytes.append(await self.drop_version(vid))
                 except CacheError as failure:
                     log.warning("%s can't leave the cache: %s", vid.hex(), failure)
 
-    async def _demote_version(self, place: int, vid: VersionId) -> int:
+    async def move(self, vid: VersionId, *, to_memory: bool) -> int:
+        """Move all of a version to DRAM, or to a disk; return the bytes that moved, 0 if it has to stay.
+
+        Raises CacheFull and CacheError.
+        """
+        row = self._index.version(vid)
+        if row is None or self.has_to_stay(vid) or self.tiers[row.tier].files.is_memory == to_memory:
+            return 0
+        target = 0 if to_memory else self._emptiest_disk(row.size_bytes)
+        return await self._move_version(row.tier, vid, target)
+
+    async def _move_version(self, place: int, vid: VersionId, target_place: int | None = None) -> int:
+        """Move a version to *target_place*, the emptiest disk by default; return the bytes that came free.
+
+        What would push out there what is still needed leaves instead, unless it was asked for.
+        """
         source, row = self.tiers[place], self._index.version(vid)
         if row is None or row.tier != place or vid in self._busy:
             return 0
@@ -615,12 +778,13 @@ class Residency:
             groups = self._index.groups_of(vid)
             sizes = {item: source.policy.size_of(item) or 0 for item in _items(vid, row, groups)}
             charged = sum(sizes.values())
-            target_place = self._emptiest_disk(charged)
+            may_leave = target_place is None and not source.is_pinned(vid)
+            target_place = self._emptiest_disk(charged) if target_place is None else target_place
             target = self.tiers[target_place]
-            label_bytes = target.files.label_bytes if row.whole else 0
+            label_bytes = (target.files.label_bytes - source.files.label_bytes) if row.whole else 0
             expected = {item: next for item in sizes if (next := source.policy.next_of(item)) is not None}
             is_expected = any(not next.later for next in expected.values())
-            if not is_expected and target.is_all_expected(charged + label_bytes):
+            if may_leave and not is_expected and target.is_all_expected(charged + label_bytes):
                 return await self._evict_held(source, list(sizes))
             await self.reserve(target_place, charged + label_bytes)
             try:
@@ -637,8 +801,9 @@ class Residency:
                 self._sparse[vid].tier = target_place
             await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
+                used = item not in expected and not source.policy.is_wanted(item)
                 source.policy.removed(item)
-                target.policy.added(item, size_bytes + label_bytes, used=item not in expected)
+                target.added(item, size_bytes + label_bytes, used=used)
                 if item in expected:
                     target.policy.expect(item, expected[item])
             source.budget.give_back(charged)
@@ -695,6 +860,20 @@ class Residency:
             async with tier.room_lock:
                 await self._demote(0, items[start : start + _DRAIN_STEP])
             yield self.demoted_bytes - before, total
+
+
+class _Staying(Container[bytes]):
+    """Whatever *stays* says so of."""
+
+    def __init__(self, stays: Callable[[bytes], bool]) -> None:
+        self._stays = stays
+
+    def __contains__(self, item: object) -> bool:
+        return isinstance(item, bytes) and self._stays(item)
+
+
+def _is_in(tier: Tier, item: ItemId) -> bool:
+    return tier.policy.size_of(item) is not None
 
 
 def _step_bytes(tier: Tier) -> int:

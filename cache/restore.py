@@ -102,10 +102,14 @@ async def _settle_places(tiers: list[Tier], rows: Rows, found: Found, engine: En
 
 
 def _take_in(residency: Residency, index: Index, rows: Rows) -> list[VersionId]:
-    """Charge what is there, most recently used first; return what has no room any more."""
+    """Charge what is there, pinned and most recently used first; return what has no room any more."""
     over: list[VersionId] = []
     kept: list[tuple[VersionId, VersionRow, dict[ItemId, int]]] = []
-    for vid, row in sorted(rows.items(), key=lambda pair: pair[1].last_used_s, reverse=True):
+
+    def rank(pair: tuple[VersionId, VersionRow]) -> tuple[bool, float]:
+        return residency.tiers[pair[1].tier].is_pinned(pair[0]), pair[1].last_used_s
+
+    for vid, row in sorted(rows.items(), key=rank, reverse=True):
         sizes = _sizes(residency.tiers, index, vid, row)
         budget = residency.tiers[row.tier].budget
         if sum(sizes.values()) > budget.room_bytes:
@@ -115,7 +119,7 @@ def _take_in(residency: Residency, index: Index, rows: Rows) -> list[VersionId]:
         kept.append((vid, row, sizes))
     for vid, row, sizes in reversed(kept):
         for item, size_bytes in sizes.items():
-            residency.tiers[row.tier].policy.added(item, size_bytes, used=False)
+            residency.tiers[row.tier].added(item, size_bytes, used=False)
         if not row.whole:
             blocks = sum(group.present.bit_count() for _, group in index.groups_of(vid))
             residency.add_sparse(vid, Sparse(row.version, row.tier, blocks))

@@ -60,6 +60,7 @@ class WorkerConnections:
     async def tell_changes(self, changes: trio.MemoryReceiveChannel[Changed]) -> None:
         """Pass on to a worker, for the kernel, which entries show something else now."""
         async for changed in changes:
+            self._mover.keeper.names_changed()
             if self._connections:
                 entries = [(int(parent), name) for parent, name in changed]
                 await self._connections[0].send(messages.Invalidate(entries))
@@ -178,6 +179,7 @@ async def serve_mover(
         async with trio.open_nursery() as nursery:
             connections = WorkerConnections(mover, nursery)
             admin = Admin(mover, shared.features, os.getppid() if config.workers else os.getpid())
+            mover.control_files.stats = admin.status
             nursery.start_soon(connections.tell_changes, changes)
             nursery.start_soon(_accept, nursery, listeners.workers, connections.serve)
             nursery.start_soon(_accept, nursery, listeners.control, partial(serve_control, admin))

@@ -15,7 +15,7 @@ from cache.config import MountConfig
 from cache.errors import CacheError, UsageError
 from cache.index import remove_index
 
-FORMAT = "sluicefs-cache 1"
+FORMAT = "sluicefs-cache 2"  # 1 had blocks of 128 KiB.
 _POWER_LOST = "power-lost"  # A file, there from a power loss until its recovery was finished.
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -36,7 +36,7 @@ class CacheStore:
         """Note that all was synced, so that the index may be trusted after the next boot too."""
         for directory in self.directories:
             _sync_filesystem(directory)
-        _write_synced(self.directories[0] / "clean", "")
+        write_synced(self.directories[0] / "clean", "")
 
 
 def open_store(config: MountConfig) -> CacheStore:
@@ -139,7 +139,7 @@ def _check_formats(directories: list[Path], lake: str) -> str:
     for directory, text in zip(directories, texts, strict=True):
         if text is None:
             try:
-                _write_synced(directory / "format", f"{FORMAT}\n{identity}\n{lake}\n")
+                write_synced(directory / "format", f"{FORMAT}\n{identity}\n{lake}\n")
             except OSError as error:
                 raise UsageError(f"--cache {directory}: {_mend(error)}") from error
         elif text[2] != lake:
@@ -171,10 +171,10 @@ def _distrust_after_crash(directory: Path) -> None:
     try:
         same_boot = boot.exists() and boot.read_text() == boot_id()
         if not clean.exists() and not same_boot:
-            _write_synced(directory / _POWER_LOST, "")
+            write_synced(directory / _POWER_LOST, "")
             remove_index(directory)
         if not same_boot:
-            _write_synced(boot, boot_id())
+            write_synced(boot, boot_id())
         clean.unlink(missing_ok=True)
         _sync_directory(directory)
     except OSError as error:
@@ -192,7 +192,7 @@ def _mend(error: OSError) -> str:
     return mends.get(error.errno or 0, f"{error.strerror}; name another directory")
 
 
-def _write_synced(path: Path, text: str) -> None:
+def write_synced(path: Path, text: str) -> None:
     fd = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         os.write(fd, text.encode())

@@ -34,12 +34,12 @@ class Survey:
         self._lister = lister
 
     async def members(self, candidate: Candidate) -> Members | None:
-        """Return the files that may be members, those of at most SMALL_OBJECT_BYTES_MAX.
+        """Return the files that may be members: those over SMALL_OBJECT_BYTES_MAX, or the others.
 
         None where there are too many files or directories. Raises LakeError.
         """
         for _ in range(_LEVELS_MAX):
-            found = _Found()
+            found = _Found(candidate.large)
             if not await self._walk(candidate, found):
                 return None
             if found.unlisted:
@@ -98,7 +98,8 @@ class Survey:
 
 
 class _Found:
-    def __init__(self) -> None:
+    def __init__(self, large: bool) -> None:
+        self._large = large
         self.inodes = array("Q")
         self.total_bytes = 0
         self.directories = 0
@@ -106,7 +107,7 @@ class _Found:
         self.steps = 0
 
     def note_file(self, inode: Inode, node: Node) -> None:
-        if 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+        if node.size_bytes and (node.size_bytes > SMALL_OBJECT_BYTES_MAX) == self._large:
             self.inodes.append(inode)
             self.total_bytes += node.size_bytes
 

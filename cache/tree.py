@@ -71,6 +71,7 @@ class TreeChange:
         self._now_ns = now_ns
         self.created: list[int] = []  # Staging files, to be removed should the transaction fail,
         self.discarded: list[int] = []  # or once it is committed.
+        self.replaced: list[int] = []  # Inodes that somebody may be about to open, by the name they had.
 
     def apply(self, request: messages.Change) -> int:
         """Carry out *request*; return the inode where it makes one. Raises NamespaceError, StagingFull."""
@@ -215,7 +216,7 @@ class TreeChange:
         if not node.is_directory:
             raise NotADirectory(f"{os.fsdecode(name)} is no directory")
         self._check_empty(inode, node)
-        self._rows.drop_directory(inode, node, self._path(parent, name))
+        self._rows.drop_directory(inode, self._path(parent, name))
         self._leave(inode, node)
         self._rows.keep_if_empty(parent)
 
@@ -223,11 +224,19 @@ class TreeChange:
         if next(self._w.names(inode), None) is not None:
             raise DirectoryNotEmpty(f"{os.fsdecode(node.name)}: the directory has entries")
 
-    def _leave(self, inode: int, node: Node) -> None:
-        """Take the node's name, and the node itself unless somebody has it open."""
+    def _leave(self, inode: int, node: Node, *, is_replaced: bool = False) -> None:
+        """Take the node's name, and the node itself unless somebody has it open.
+
+        *is_replaced*: there has always been a file of that name. Who looked it up before this must
+        find one: the kernel looks again, but only once.
+        """
+        if node.etag and not node.staged:  # Where its bytes are must not depend on its directory any more.
+            self._w.put_node(inode, replace(node, origin=self._w.key_of(inode)))
         self._w.detach(node.parent, node.name)
         self._w.touch(node.parent, self._now_ns, -1)
-        if node.is_directory or not self._is_open(inode):
+        is_replaced = is_replaced and not node.is_directory
+        self.replaced += [inode] if is_replaced else []
+        if node.is_directory or not (is_replaced or self._is_open(inode)):
             self._w.forget(inode)
             self.discarded += [node.staged] if node.staged else []
         elif node.staged:
@@ -270,12 +279,12 @@ class TreeChange:
         if target is not None:
             self._check_replaceable(node, *target)
             if node.is_directory:
-                self._rows.drop_directory(target[0], target[1], path, has_successor=True)
+                self._rows.drop_directory(target[0], path)
             else:
                 key = b"" if node.kind in (KIND_FIFO, KIND_SOCKET) else object_key(path, node.kind)
                 base = self._rows.drop_file(target[0], target[1], path, key)
-            self._leave(*target)
-        self._shift(inode, request.new_parent, request.new_name, base, replaces=target is not None)
+            self._leave(*target, is_replaced=True)
+        self._shift(inode, request.new_parent, request.new_name, base)
 
     def _check_replaceable(self, node: Node, inode: int, target: Node) -> None:
         if node.is_directory:
@@ -295,13 +304,13 @@ class TreeChange:
         self._shift(other, parent, node.name, "")
         self._shift(inode, other_node.parent, other_node.name, "")
 
-    def _shift(self, inode: int, parent: int, name: bytes, base: str, *, replaces: bool = False) -> None:
+    def _shift(self, inode: int, parent: int, name: bytes, base: str) -> None:
         """Give the node another name, which is free. *base*: what the lake has there."""
         node = self._w.node(inode)
         assert node is not None, inode
         old, new = self._w.path_of(inode), self._path(parent, name)
         if node.is_directory:
-            origin = self._rows.move_directory(inode, node, old, new, replaces=replaces)
+            origin = self._rows.move_directory(inode, node, old, new)
         else:
             origin = self._rows.move_file(inode, node, old, new, base)
         attributes = node.attributes and replace(node.attributes, ctime_ns=self._now_ns)

@@ -27,6 +27,7 @@ from cache.pending import (
     SEALED,
     Delete,
     Local,
+    Move,
     Orphan,
     Pending,
     PendingTable,
@@ -293,5 +294,9 @@ class Uploader:
 
 
 def _is_at(row: Pending, path: bytes | None) -> bool:
+    """Return whether the row concerns something at or below *path* (None: all)."""
     place = row.key if isinstance(row, Delete) else path_of(row)
-    return path is None or (place is not None and (place == path or place.startswith(path + b"/")))
+    if path is None or place is None:
+        return path is None
+    is_above = isinstance(row, Move) and row.is_tree and path.startswith(place + b"/")
+    return place == path or place.startswith(path + b"/") or is_above

@@ -31,7 +31,7 @@ from cache.lake_io import LakeIO
 from cache.metadata import SentId, checksum_of, metadata_of, with_id
 from cache.model import OBJECT_BYTES_MAX, ObjectInfo, ObjectVersion
 from cache.opens import Mode, OpenState, OpenTable
-from cache.pending import CONFLICT, FAILED, SEALED, Delete, Move, PendingTable, Put, Restate, upload_mark
+from cache.pending import CONFLICT, FAILED, SEALED, PendingTable, Put, Restate, unsent, upload_mark
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, part_bytes
 from cache.records import Node
 from cache.residency import Land, Residency
@@ -279,39 +279,10 @@ class Puts:
         if await self._committer.commit(change):
             log.error(
                 "conflict: %s; the file written here is kept and not sent: `sluice queue` shows it,"
-                " `sluice resolve` decides",
+                " `sluice queue resolve` decides",
                 refused,
             )
         raise Stale(content.key)
-
-    # What was renamed while it was, or may have been, sent
-
-    async def settle_earlier(self, seq: int) -> None:
-        """See to what the lake may have under an earlier key of a row that was renamed meanwhile."""
-        row = self._row(seq)
-        key = os.fsdecode(row.upload_key)
-        if row.upload_id:
-            await self._lake.abort_multipart(key, row.upload_id)
-        info = await self._head(key)
-        sent = SentId.parse(info.metadata) if info is not None else None
-        source = f"{row.staged:x}" if row.staged else f"link-{row.inode:x}"
-        ours = sent is not None and sent.source == f"{self._cache_id}-{source}"
-
-        def change(w: IndexWriter) -> None:
-            now = self._table.rows.get(seq)
-            self._table.running.end(seq)
-            if isinstance(now, Put) and now.upload_key == row.upload_key:
-                self._release_key(w, seq, now, Delete(now.upload_key) if ours else None)
-
-        await self._committer.commit(change)
-
-    def _release_key(self, w: IndexWriter, seq: int, row: Put, delete: Delete | None) -> None:
-        """Have the row stand for its new key alone. The Delete keeps its place among the operations."""
-        if delete is None:
-            self._table.replace(w, seq, unsent(row))
-        else:
-            self._table.replace(w, seq, delete)
-            self._table.add(w, unsent(row))
 
     # What the lake has now
 
@@ -399,10 +370,7 @@ class Puts:
             put_origin(w, row.inode, clean, key)
             if node.vid and node.vid != vid:
                 self.superseded.append(node.vid)
-        if row.key == key:
-            self._table.remove(w, seq)
-        else:  # It keeps its place, before the Delete of the old key that whoever renamed it added.
-            self._table.replace(w, seq, Move(key, row.path, row.inode, row.kind, etag, size_bytes))
+        self._table.remove(w, seq)
         if row.attributes != sent.attributes or not _is_stated(info, sent, content):
             self._table.add(w, Restate(row.path, row.inode, row.kind, row.attributes, content.mtime_ns))
         if put_rows is not None:
@@ -410,17 +378,13 @@ class Puts:
 
     async def _note_uploaded(self, seq: int, sent: Put, content: Content, info: ObjectInfo) -> None:
         """The lake has a state of the file, and the row stays: it is open, or was written to since."""
-        key = os.fsencode(content.key)
 
         def change(w: IndexWriter) -> None:
             row = self._table.rows.get(seq)
             self._table.running.end(seq)
             if not isinstance(row, Put):
-                return  # Who took it away added a Delete of the key.
+                return  # Who took it away added what becomes of the object: a Delete or a Move.
             row = replace(row, state=SEALED if row.state == FAILED else row.state, error="")
-            if row.key != key:
-                self._release_key(w, seq, row, Delete(key))
-                return
             noted = unsent(replace(row, base_etag=info.version.etag, uploaded=b""))
             if row.attributes == sent.attributes and row.staged == sent.staged:
                 noted = replace(noted, uploaded=upload_mark(noted, content.ctime_ns))
@@ -438,11 +402,6 @@ def _is_stated(info: ObjectInfo, sent: Put, content: Content) -> bool:
     """Return whether an object found in the lake says of itself what the row does."""
     stated = metadata_of(sent.attributes, content.mtime_ns)
     return not info.metadata or all(info.metadata.get(name) == value for name, value in stated.items())
-
-
-def unsent(row: Put) -> Put:
-    """Return the row without anything that may be in the lake and is not known to be."""
-    return replace(row, upload_id="", upload_key=b"", part_bytes=0, upload_ctime_ns=0)
 
 
 def put_origin(w: IndexWriter, inode: int, node: Node, key: bytes) -> None:

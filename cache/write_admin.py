@@ -10,11 +10,13 @@ import trio
 
 from cache.errors import SluiceError, UsageError
 from cache.mover import Mover
+from cache.pending import CONFLICT, FAILED, OPEN, SEALED, Move, Put
 from cache.uploader import Uploader
 
 Progress = Callable[[dict[str, Any]], Awaitable[object]]
 
 _TELL_EVERY_S = 1.0
+_STATES = {OPEN: "being written", SEALED: "waits for its upload", CONFLICT: "in conflict", FAILED: "failed"}
 _FAILED = ("failed", "conflict")
 
 
@@ -36,6 +38,12 @@ class WriteAdmin:
         for entry in [] if self._mover.uploader is None else self._mover.uploader.queue():
             counts[names.get(str(entry["state"]), "waiting")] += 1
         return counts
+
+    def state_of(self, inode: int) -> str | None:
+        """Return what the lake does not know yet of a file or directory; None if it knows all."""
+        rows = [row for _, row in self._mover.table.of_inode(inode)]
+        puts = [_STATES.get(row.state, row.state) for row in rows if isinstance(row, Put)]
+        return puts[0] if puts else "renamed" if any(isinstance(row, Move) for row in rows) else None
 
     async def retry(self, paths: list[str]) -> dict[str, Any]:
         uploader = self._writable()

@@ -42,7 +42,8 @@ WAITED_BIT, WRITING_BIT = 1 << 62, 1 << 59
 COUNTED_BIT = 1 << 58  # The open is counted in the OpenTable, and so is its release.
 _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
 _USED_BATCH = 128
-_TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often.
+_TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often,
+_READS_BATCH = 64  # and of others' when so many have gathered, or before the next miss.
 
 
 class Filesystem:
@@ -74,6 +75,7 @@ class Filesystem:
         self._used: list[bytes] = []
         self._used_files: list[int] = []
         self._used_at_s: list[float] = []
+        self._reads: list[tuple[int, int, int]] = []  # Hits in large files: inode, offset, length.
 
     # Open
 
@@ -110,6 +112,9 @@ class Filesystem:
         )
         if backing_id:
             self._counters.add("opens_passed_through")
+            if node.size_bytes > SMALL_OBJECT_BYTES_MAX:  # Its reads are not seen; the others were noted.
+                self._used_files.append(inode)
+                self._used_at_s.append(time.time())
             self._note_used(node.vid)
         return handle | COUNTED_BIT, backing_id
 
@@ -200,6 +205,7 @@ class Filesystem:
         if length <= 0:
             return b""
         self._counters.add("reads")
+        missed = False  # Then the mover heard of the read.
         for _ in range(_TRIES_MAX):
             try:
                 found = await self._read_resident(inode, node, offset, length)
@@ -208,8 +214,10 @@ class Filesystem:
                     if self._no_open and not waited and node.vid not in self._used:
                         self._note_file_used(inode, node)
                     self._counters.add("bytes_lake" if waited else source, length)
+                    if node.size_bytes > SMALL_OBJECT_BYTES_MAX and not missed:
+                        self._note_read(inode, offset, length)
                     return body
-                waited = True
+                waited = missed = True
                 await self._wait(Fetch(inode, offset, length))
             except CacheError:
                 break  # A failed cache never fails a read: ask the lake for the bytes themselves.
@@ -237,8 +245,6 @@ class Filesystem:
         if row is None or (expected := _expected(rows, groups, first, last)) is None:
             return None
         if not row.whole:
-            if offset // _TELL_BYTES != (offset + length) // _TELL_BYTES:
-                self._mover.tell(ReadSeen(inode, offset, length))
             self._note_used(*(group_key(node.vid, group) for group in groups))
         start, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, node.size_bytes)
         body = await self._pread(row, node.vid, start, end - start)
@@ -301,13 +307,30 @@ class Filesystem:
             self._used_at_s.append(time.time())
         self._note_used(node.vid)
 
+    def _note_read(self, inode: Inode, offset: int, length: int) -> None:
+        """Have the mover told of a hit in a large file, with those next to it."""
+        if self._reads:
+            last, start, before = self._reads[-1]
+            if last == inode and start + before == offset:
+                self._reads.pop()
+                offset, length = start, before + length
+        self._reads.append((inode, offset, length))
+        if len(self._reads) >= _READS_BATCH or offset // _TELL_BYTES != (offset + length) // _TELL_BYTES:
+            self._flush_reads()
+
+    def _flush_reads(self) -> None:
+        if self._reads:
+            self._mover.tell(ReadSeen(self._reads))
+            self._reads = []
+
     def _note_used(self, *items: bytes) -> None:
         self._used += items
         if len(self._used) >= _USED_BATCH:
             self.flush_used()
 
     def flush_used(self) -> None:
-        """Tell the mover which cached items were used, for its eviction policy."""
+        """Tell the mover which cached items were used, for its eviction policy, and what was read."""
+        self._flush_reads()
         if self._used:
             self._mover.tell(Used(self._used, self._used_files, self._used_at_s))
             self._used, self._used_files, self._used_at_s = [], [], []

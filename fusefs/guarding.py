@@ -35,6 +35,7 @@ ERRNO_OF = (
     (errors.IsADirectory, errno.EISDIR),
     (errors.DirectoryNotEmpty, errno.ENOTEMPTY),
     (errors.NameRefused, errno.EINVAL),
+    (errors.TextRefused, errno.EINVAL),
     (errors.NameTooLong, errno.ENAMETOOLONG),
     (errors.FileTooLarge, errno.EFBIG),
     (errors.AttributeMissing, errno.ENODATA),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cache.client import MoverClient
 from cache.index import Index
 from cache.messages import List, Lookup, RelistAhead
-from cache.model import KIND_FIFO, KIND_SOCKET, Inode
+from cache.model import CONTROL_NAME, KIND_FIFO, KIND_SOCKET, ROOT_INODE, Inode
 from cache.policy.freshness import FOREVER_S, Freshness
 from cache.records import DirectoryState, Node
 
@@ -125,7 +125,10 @@ class Namespace:
             after = last.name if last is not None else b""
         state = self._index.directory(inode)
         valid_s = self._remaining(state) if state is not None else 0.0
-        return [Entry(child, node, valid_s) for child, node in self._index.children(inode, after, limit)]
+        children = self._index.children(inode, after, limit)
+        if inode == ROOT_INODE:  # Of an index from before there was a control directory.
+            children = [found for found in children if found[1].name != CONTROL_NAME]
+        return [Entry(child, node, valid_s) for child, node in children]
 
 
 def _is_local(node: Node) -> bool:

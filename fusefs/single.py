@@ -21,7 +21,7 @@ from cache.mover import Mover, TierPlan
 from cache.server import Listeners, WorkerConnections, serve_mover
 from cache.store import CacheStore
 from fusefs import channel, device, passthrough
-from fusefs.operations import Operations
+from fusefs.control_operations import ControlOperations
 from fusefs.shared import Shared
 from fusefs.worker import equip, shake_hands
 
@@ -67,7 +67,7 @@ async def _serve_session(
     )
     try:
         handshake = trio.Event()
-        operations = Operations(config, handshake.set)
+        operations = ControlOperations(config, handshake.set)
         operations.shown = ShownDirectories() if channel.load() is None else None
         passthrough.want(config)
         pyfuse3.init(operations, f"/dev/fd/{fd}", set())

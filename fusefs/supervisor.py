@@ -32,7 +32,7 @@ from cache.server import Listeners  # noqa: E402
 from cache.store import CacheStore, note_owner, open_store  # noqa: E402
 from cache.tier import TierFiles  # noqa: E402
 from fusefs import device, mover_process, passthrough, single, tiers  # noqa: E402
-from fusefs.operations import Operations  # noqa: E402
+from fusefs.control_operations import ControlOperations  # noqa: E402
 from fusefs.shared import Shared  # noqa: E402
 from fusefs.worker import run_worker, shake_hands  # noqa: E402
 
@@ -183,7 +183,7 @@ def _become_mover(mount: Mount, *, first: bool, report: int) -> NoReturn:
     os._exit(status)
 
 
-def _become_worker(mount: Mount, operations: Operations, row: int) -> NoReturn:
+def _become_worker(mount: Mount, operations: ControlOperations, row: int) -> NoReturn:
     """Be a worker from here on, in a forked child. Ends with 0 when the mount is gone."""
     _forget_signals()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -206,14 +206,14 @@ def _forget_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _mount_and_shake_hands(mount: Mount) -> Operations:
+def _mount_and_shake_hands(mount: Mount) -> ControlOperations:
     config = mount.config
     source = config.lake.url
     mount.device = device.mount_device(
         source, config.mountpoint, read_only=config.read_only, allow_other=config.allow_other
     )
     handshake = trio.Event()
-    operations = Operations(config, lambda: handshake.set())
+    operations = ControlOperations(config, lambda: handshake.set())
     passthrough.want(config)
     pyfuse3.init(operations, f"/dev/fd/{mount.device}", set())
     operations.counters = mount.shared.counters.row(0)

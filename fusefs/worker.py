@@ -15,10 +15,11 @@ from cache.index import Index
 from cache.policy.freshness import Freshness
 from cache.staging import StagingFiles
 from cache.tier import TierFiles
+from fusefs.control import ControlDirectory
+from fusefs.control_operations import ControlOperations
 from fusefs.durability import Durability
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import Namespace
-from fusefs.operations import Operations
 from fusefs.shared import Shared
 from fusefs.writing import WriteGate, Writing
 
@@ -49,7 +50,7 @@ def invalidate(entries: list[tuple[int, bytes]]) -> None:
 
 
 def equip(
-    operations: Operations,
+    operations: ControlOperations,
     config: MountConfig,
     index: Index,
     tiers: list[TierFiles],
@@ -61,6 +62,7 @@ def equip(
     namespace = Namespace(index, mover, Freshness(config.ttl_s, config.immutable))
     counters = shared.counters.row(row)
     counters.set("pid", os.getpid())
+    operations.control = ControlDirectory(mover, read_only=config.read_only)
     operations.counters = counters
     if operations.passthrough is not None:
         operations.passthrough.sweep()
@@ -86,7 +88,7 @@ def equip(
 
 
 async def run_worker(
-    operations: Operations,
+    operations: ControlOperations,
     config: MountConfig,
     tiers: list[TierFiles],
     socket_path: str,

@@ -211,10 +211,14 @@ class LakeWatch:
         self._stop.set()
         self._thread.join()
 
-    def torn(self, versions: set[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Look once more; return what was seen at any time and is none of the *versions*."""
+    def torn(self, versions: set[str]) -> set[tuple[str, str]]:
+        """Look once more; return what was seen at any time and whose digest is none of *versions*.
+
+        Under which key does not count: what is moved with its directory may have another successor there
+        already. In the end the lake is compared key by key.
+        """
         self._look()
-        return self.seen - versions
+        return {(key, content) for key, content in self.seen if content not in versions}
 
     def _run(self) -> None:
         while not self._stop.wait(0.03):

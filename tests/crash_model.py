@@ -42,28 +42,10 @@ class Story:
             self._files.append(_files_after(self._files[-1], operation, number))
             self._written.append(self._files[-1][operation.path] if isinstance(operation, Write) else None)
 
-    def versions(self) -> set[tuple[str, str]]:
-        """Return (path, digest) of each version of each file that was closed, or fsynced."""
-        return {
-            (path, digest(body)) for state in self.states for path, body in state.items() if body is not None
-        }
-
-    def versions_anywhere(self) -> set[tuple[str, str]]:
-        """Return (path, digest) of each version of each file under each name that the file ever had.
-
-        After a power loss a file may have its last name and the content of an earlier fsync.
-        """
-        digests: dict[int, set[str]] = {}
-        paths: dict[int, set[str]] = {}
-        for state, files in zip(self.states, self._files, strict=True):
-            for path, file in files.items():
-                digests.setdefault(file, set()).add(digest(state[path] or b""))
-                paths.setdefault(file, set()).add(path)
-        return {(path, one) for file in paths for path in paths[file] for one in digests[file]}
-
-    def empty_files(self) -> set[tuple[str, str]]:
-        """Return (path, digest) of what a new file is before its first write, close or fsync."""
-        return {(path, digest(b"")) for path, _ in self.versions()}
+    def versions(self) -> set[str]:
+        """Return the digests of all versions of files that were closed, or fsynced, and of a new file."""
+        bodies = {body for state in self.states for body in state.values() if body is not None}
+        return {digest(body) for body in (*bodies, b"")}
 
     # --- Killed processes ----------------------------------------------------------------------
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from tools.bench.__main__ import parser as bench_parser
+from tools.bench.peers.recipes import PEERS
 from tools.cli import COMMANDS
 from tools.options import OPTIONS, Option, mount_parser
 
@@ -64,8 +64,10 @@ def test_the_scripts_that_are_named_are_there() -> None:
 def test_the_options_in_the_text_exist() -> None:
     prose = README.partition(BEGIN)[0] + README.partition(END)[2].partition("## Beside others")[0]
     known = {f"--{option.name}" for option in OPTIONS}
-    of_commands = {"--config", "--json", "--recursive", "--only", "--lazy", "--keep"}
+    of_commands = {"--config", "--json", "--recursive", "--lazy", "--keep"}
     of_commands |= {"--seconds", "--plot", "--size", "--latency", "--bandwidth", "--generate"}
+    of_commands |= {string for action in bench_parser()._actions for string in action.option_strings}
+    of_commands |= {"--from-list", "--tier", "--no-fetch", "--list"}
     elsewhere = of_commands | {"--data", "--save-to"}  # Of a training script.
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | elsewhere
 
@@ -78,16 +80,6 @@ def test_the_samplers_that_are_named_are_those_that_can_be_told() -> None:
     assert all(f"`{name}`" in section or f"sampler={name} " in section for name in named)
 
 
-def test_the_recipe_of_a_sampler_that_tells_its_order_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without torch: the base class is only a name there."""
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    commands: list[list[str]] = []
-    torch = SimpleNamespace(utils=SimpleNamespace(data=SimpleNamespace(Sampler=object)))
-    names = {"pathlib": pathlib, "torch": torch, "subprocess": SimpleNamespace(run=commands.append)}
-    exec(compile(source, "README.md", "exec"), names)
-    told = names["Told"]([2, 0, 1], ["a", "b", "c"], str(tmp_path / "order"))  # type: ignore[operator]
-    assert list(told) == [2, 0, 1]
-    assert commands == [["sluice", "hint", str(tmp_path / "order")]]
-    assert (tmp_path / "order").read_text() == "c\na\nb"
+def test_the_notes_on_the_benchmarks_name_every_peer() -> None:
+    notes = (CHECKOUT / "tools/bench/README.md").read_text("utf-8")
+    assert [peer for peer in PEERS if not re.search(rf"\b{peer}\b", notes)] == []

@@ -9,9 +9,10 @@ import pytest
 
 from tools.bench import memory
 from tools.bench.epoch_bytes import prepare_past_page_cache
-from tools.bench.figures import Figure, MeasurementFailed, Target, alternate, table
+from tools.bench.figures import Figure, MeasurementFailed, Target, alternate
 from tools.bench.list_server import GeneratedKeys, list_page, list_server
 from tools.bench.readers import prepare_files, shuffled_shares, timed
+from tools.bench.report import table
 
 
 def test_generated_keys_are_in_byte_order_and_all_different() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cache.policy.auto import AutoPolicy
 from cache.policy.due import Next
-from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy
+from cache.policy.eviction import PINNED, EpochPolicy, EvictionPolicy, ItemId, LruPolicy
 from cache.policy.policies import make_policy
 
 
@@ -94,12 +94,12 @@ def test_victims_stop_once_enough_comes_free(policy: EvictionPolicy) -> None:
     assert policy.victims(0, ()) == []
 
 
-def test_groups_and_objects_of_busy_versions_are_skipped(policy: EvictionPolicy) -> None:
+def test_groups_and_objects_that_stay_are_skipped(policy: EvictionPolicy) -> None:
     filled(policy, 3)
     policy.added(group(7, 0), 1, used=True)
     policy.added(group(7, 1), 1, used=True)
-    chosen = policy.victims(99, {item(1)[:16], item(7)[:16]})
-    assert set(numbers(chosen)) == set(numbers(policy.order(99))) - {1, 7}
+    chosen = policy.victims(99, {item(1), group(7, 0)})
+    assert set(chosen) == set(policy.order(99)) - {item(1), group(7, 0)}
 
 
 def test_unknown_items_are_ignored(policy: EvictionPolicy) -> None:
@@ -349,6 +349,9 @@ STEPS = st.lists(
                 "remove",
                 "evict",
                 "epoch",
+                "pin",
+                "unpin",
+                "want",
             ]
         ),
         st.integers(0, 40),
@@ -380,10 +383,12 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
         elif verb == "remove":
             policy.removed(one)
             model.pop(one, None)
+        elif verb in ("pin", "unpin", "want"):
+            getattr(policy, verb)(one)
         elif verb == "evict":
-            busy = {item(n)[:16] for n in range(0, number, 3)}
+            busy = {item(n) for n in range(0, number, 3)}
             victims = policy.victims(size_bytes, busy)
-            free = {one: model[one] for one in model if one not in busy}
+            free = {one: model[one] for one in model if one not in busy and policy.why(one) != PINNED}
             assert len(set(victims)) == len(victims) and set(victims) <= set(free)
             assert sum(map(model.__getitem__, victims)) >= min(size_bytes, sum(free.values()))
             for victim in victims:
@@ -396,6 +401,99 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
         if isinstance(policy, EpochPolicy):
             for queue in policy._queues():
                 assert queue.size_bytes == sum(queue.values())
-    order = policy.order(1000)
+        if isinstance(policy, AutoPolicy):
+            assert set(policy._uses) == set(model).difference(policy.pinned())
+            assert policy._uses_sum == sum(policy._uses.values())
+        assert policy.pinned_bytes == sum(model[one] for one in policy.pinned())
+        assert all(policy.why(one) is not None for one in model)
+    order = policy.order(1000) + policy.pinned()
     assert len(order) == len(set(order)) and set(order) == set(model)
     assert {one: policy.size_of(one) for one in order} == model
+
+
+# Pins and wants
+
+
+def test_what_is_pinned_is_no_victim_until_it_is_unpinned(policy: EvictionPolicy) -> None:
+    filled(policy, 10)
+    for number in (0, 5):
+        policy.pin(item(number))
+    assert not {0, 5} & set(numbers(policy.victims(100, ())))
+    assert not {0, 5} & set(numbers(policy.order(100)))
+    assert (len(policy), policy.pinned_bytes, policy.why(item(5))) == (10, 2, "pinned")
+    for change in (policy.touched, policy.want, policy.expect, policy.release, policy.passed):
+        change(item(5))
+    for next in (Next(7), Next(70, later=True)):
+        policy.expect(item(5), next)
+    assert policy.next_of(item(5)) is None
+    policy.added(item(5), 3, used=True)
+    assert policy.pinned_bytes == 4 and sorted(numbers(policy.pinned())) == [0, 5]
+    policy.unpin(item(5))
+    policy.removed(item(0))
+    assert (policy.pinned(), policy.pinned_bytes) == ([], 0)
+    assert 5 in numbers(policy.victims(100, ()))
+
+
+def test_pins_of_unknown_items_are_ignored(policy: EvictionPolicy) -> None:
+    policy.pin(item(1))
+    policy.unpin(item(2))
+    policy.want(item(3))
+    assert len(policy) == 0 and policy.why(item(1)) is None
+
+
+def test_what_was_asked_for_leaves_after_what_was_not(policy: EvictionPolicy) -> None:
+    filled(policy, 40)
+    policy.want(item(0))
+    order = numbers(policy.order(40))
+    assert order.index(0) > 30
+
+
+def test_a_policy_says_why() -> None:
+    policy = EpochPolicy()
+    filled(policy, 40)
+    policy.added(item(50), 1, used=False)
+    policy.expect(item(7))
+    reasons = {policy.why(item(number)) for number in range(40)}
+    assert reasons == {"used in this epoch", "used a moment ago", "expected by the running epoch"}
+    assert policy.why(item(50)) == "not yet used in this epoch" and policy.is_wanted(item(50))
+    policy.epoch_began()
+    assert policy.why(item(50)) == "not used in the last epoch"
+
+
+@pytest.mark.parametrize("policy", [EpochPolicy(), AutoPolicy()])
+def test_what_somebody_asked_for_keeps_its_turn_in_a_known_order(policy: EvictionPolicy) -> None:
+    filled(policy, 40)
+    policy.expect(item(0), Next(100))
+    policy.want(item(0))
+    assert policy.next_of(item(0)) == Next(100) and policy.expected_bytes == 1
+    assert policy.why(item(0)) == "expected by the running epoch, in its order"
+    policy.expect(item(1), Next(200, later=True))
+    assert policy.why(item(1)) == "expected by the next epoch, in its order"
+
+
+def test_a_pinned_item_that_was_hot_is_held_by_its_pin_alone() -> None:
+    policy = AutoPolicy()
+    filled(policy, 400)
+    for first in range(1, 400, 40):
+        policy.touched(item(0))
+        for other in range(first, min(first + 40, 400)):
+            policy.touched(item(other))
+    assert policy.why(item(0)) == "used far more often than the others"
+    policy.want(item(0))
+    assert policy.why(item(0)) == "used far more often than the others"
+    policy.pin(item(0))
+    for _ in range(9):
+        policy.touched(item(0))
+        policy.added(item(0), 2, used=True)
+        policy.epoch_began()
+    assert (policy.why(item(0)), policy.pinned_bytes) == (PINNED, 2)
+    policy.unpin(item(0))
+    assert policy.why(item(0)) == "not yet used in this epoch"
+
+
+def test_a_group_that_grows_is_not_used_the_more_for_it() -> None:
+    policy = AutoPolicy()
+    filled(policy, 100)
+    for size_bytes in range(2, 12):
+        policy.added(item(7), size_bytes, used=True)
+    assert policy.why(item(7)) == "used a moment ago" and policy.size_of(item(7)) == 11

@@ -135,7 +135,7 @@ MESSAGES = [
     Asked(4, messages.ReadThrough(7, 0, 1)),
     Asked(5, messages.Corrupt(b"v" * 16, 3)),
     Asked(0, messages.Used([b"v" * 16, b"v" * 20], [7, 2**40], [1.5, 1.75])),
-    Asked(0, messages.ReadSeen(7, 0, 1)),
+    Asked(0, messages.ReadSeen([(7, 0, 1)])),
     Asked(0, messages.RelistAhead(1)),
 ]
 

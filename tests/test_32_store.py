@@ -92,7 +92,16 @@ def test_what_may_lie_in_an_unused_directory_is_not_foreign(tmp_path: Path, name
         pass
 
 
-@pytest.mark.parametrize("text", ["", "sluicefs-cache 99\nid\nlake\n", "sluicefs-cache 1\nid\n", "\xff\xfe"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sluicefs-cache 99\nid\nlake\n",
+        "sluicefs-cache 2\nid\n",
+        "sluicefs-cache 1\nid\nlake\n",
+        "\xff\xfe",
+    ],
+)
 def test_an_unknown_format_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "format").write_text(text)
     with pytest.raises(UsageError, match="its format is"):

@@ -396,6 +396,6 @@ async def test_reads_of_what_is_cached_start_the_read_ahead(tmp_path: Path) -> N
     lake, versions, _ = lake_of(big=LARGE)
     async with open_cache(tmp_path, lake) as cache:
         for i in range(4):
-            cache.fetcher.read_seen(versions["big"], i * BLOCK_BYTES, BLOCK_BYTES, stalled=False)
+            cache.fetcher.read_seen(versions["big"], i * BLOCK_BYTES, BLOCK_BYTES)
         await cache.idle()
         assert lake.gets and max(offset for _, offset, _ in lake.gets) >= GROUP_BYTES // 2

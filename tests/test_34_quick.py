@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from cache.errors import CacheError, LakeUnavailable, ObjectChanged, SlowDown, SluiceError
 from cache.fetcher import Started
-from cache.model import KIB, ObjectVersion
+from cache.model import KIB, MIB, ObjectVersion
 from cache.policy.due import Next
 from cache.policy.eviction import ItemId
 from tests.test_33_engine_committer import until
@@ -114,3 +114,22 @@ async def test_without_room_it_must_wait(tmp_path: Path) -> None:
         version = lake.head("k3").version
         assert cache.fetcher.fetch_ahead_nowait(version, Next(), lambda _: None) is Started.MUST_WAIT
         assert not cache.residency._busy and cache.fetcher.flights_under_way == 0
+
+
+async def test_what_is_pinned_is_pinned_when_it_lands(tmp_path: Path) -> None:
+    async with open_cache(tmp_path, lake := lake_of(3)) as cache:
+        version = lake.head("k1").version
+        (tier,) = cache.residency.tiers
+        tier.is_pinned = version.id.__eq__
+        for each in (version, lake.head("k2").version):
+            assert await start(cache, each) == [None]
+        assert tier.policy.pinned() == [ItemId(version.id)]
+
+
+async def test_a_large_object_is_no_such_fill(tmp_path: Path) -> None:
+    lake = WatchedLake()
+    version = lake.fill(bodies({"large": 9 * MIB}))["large"]
+    async with open_cache(tmp_path, lake) as cache:
+        assert cache.fetcher.fetch_ahead_nowait(version, Next(), lambda _: None) is Started.MUST_WAIT
+        await cache.fetcher.fetch_ahead(version, Next(5))
+        assert cache.fetcher.fetch_ahead_nowait(version, Next(), lambda _: None) is Started.RESIDENT

@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from cache.errors import CacheError, CacheFull
+from cache.errors import CacheError, CacheFull, LakeUnavailable
 from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
@@ -29,7 +29,7 @@ from cache.opens import OpenTable
 from cache.policy.eviction import ItemId
 from cache.records import charge, group_key
 from cache.residency import _EVICT_SHARE_MAX
-from tests.wiring import Cache, TierSpec, WatchedLake, bodies, open_cache
+from tests.wiring import NO_RETRY, Cache, TierSpec, WatchedLake, bodies, open_cache
 
 TIERS = (
     TierSpec("dram", 20 * MIB, is_memory=True),
@@ -199,6 +199,48 @@ async def test_index_files_policies_and_budgets_agree_whatever_happens(
             await check(cache, content if number % 10 == 9 else None)
         assert cache.residency.demoted_bytes > 0 and cache.residency.evicted_bytes > 0
         assert workload.full < 40
+
+
+@pytest.mark.parametrize("policy", ["lru", "epoch"])
+@pytest.mark.parametrize("tiers", [(24,), (32, 24)])
+async def test_index_files_policies_and_budgets_agree_though_objects_are_larger_than_their_tier(
+    tmp_path: Path, tiers: tuple[int, ...], policy: str
+) -> None:
+    """Groups leave while others of their version are filled; with two tiers, the first is DRAM."""
+    sizes = {"larger": 50 * MIB + 17, "half": 15 * MIB, "small": 300 * KIB}
+    lake, content = WatchedLake(), bodies(sizes)
+    versions = lake.fill(content)
+    specs = tuple(
+        TierSpec(f"t{place}", size * MIB, is_memory=len(tiers) > 1 and place == 0)
+        for place, size in enumerate(tiers)
+    )
+    async with open_cache(tmp_path, lake, tiers=specs, policy=policy) as cache:
+        workload = Workload(cache, versions, seed=3)
+        for number in range(50):
+            await workload.step()
+            assert not cache.residency._filling and not cache.residency._leaving
+            await check(cache, content if number % 10 == 9 else None)
+        assert cache.residency.evicted_bytes > 0
+
+
+async def test_a_file_larger_than_its_tier_is_cached_as_it_is_read_on(tmp_path: Path) -> None:
+    """Its oldest groups leave; no read has to pass by the cache, though its version is busy all the time."""
+    size = 60 * MIB
+    lake, content = WatchedLake(), bodies({"larger": size})
+    version = lake.fill(content)["larger"]
+    async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 32 * MIB),)) as cache:
+        async with trio.open_nursery() as nursery:
+            for start in (0, size // 2):
+                nursery.start_soon(_read_on, cache, version, start, size // 2)
+        await cache.idle()
+        await check(cache, content)
+        assert lake.requests["get"] < 2 * size // MIB  # In units of 1 MiB at least.
+        assert cache.residency.tiers[0].budget.used_bytes > 16 * MIB
+
+
+async def _read_on(cache: Cache, version: ObjectVersion, start: int, length: int) -> None:
+    for offset in range(start, start + length, 128 * KIB):
+        await cache.fetcher.fetch(version, offset, 128 * KIB)
 
 
 async def fill(cache: Cache, versions: dict[str, ObjectVersion]) -> None:
@@ -413,6 +455,50 @@ async def test_a_commit_that_fails_leaves_all_as_it_was_on_the_way_out(
             _ = [report async for report in cache.residency.drain_dram()]
         await check(cache, content)
         assert [place for place, *_ in stored(cache)] == [place for place, *_ in before]
+
+
+async def test_a_commit_that_fails_keeps_the_groups_of_a_version_that_is_being_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake, content = WatchedLake(), bodies({"big": 25 * MIB})
+    version = lake.fill(content)["big"]
+    async with open_cache(tmp_path, lake) as cache:
+        await cache.fetcher.fetch(version, 9 * MIB, 1)
+        gate = lake.hold("get")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cache.fetcher.fetch, version, 20 * MIB, 1)
+            await lake.met("get", 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(cache.committer, "commit", refuse)
+                with pytest.raises(CacheError, match="disk is full"):
+                    await cache.residency.drop_version(version.id)
+            assert cache.residency._sparse[version.id].blocks_present == MIB // BLOCK_BYTES
+            gate.set()
+        await cache.idle()
+        await check(cache, content)
+
+
+async def test_the_only_group_leaves_while_another_is_filled_and_the_fill_fails(tmp_path: Path) -> None:
+    lake, content = WatchedLake(), bodies({"big": 25 * MIB})
+    version = lake.fill(content)["big"]
+    async with open_cache(tmp_path, lake, retry=NO_RETRY) as cache:
+        await cache.fetcher.fetch(version, 9 * MIB, 1)
+        gate = lake.hold("get")
+        lake.fault = lambda verb, key: LakeUnavailable("away") if verb == "get" else None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_fetch_in_vain, cache, version)
+            await lake.met("get", 2)
+            assert await cache.residency.drop_version(version.id) == MIB
+            gate.set()
+        await cache.idle()
+        await wait_all_tasks_blocked()
+        assert cache.residency._sparse == {} and cache.index.version(version.id) is None
+        await check(cache, content)
+
+
+async def _fetch_in_vain(cache: Cache, version: ObjectVersion) -> None:
+    with pytest.raises(LakeUnavailable):
+        await cache.fetcher.fetch(version, 20 * MIB, 1)
 
 
 async def refuse(_: object) -> None:

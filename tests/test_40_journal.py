@@ -103,8 +103,8 @@ def write_meta(directory: Path, name: bytes, value: bytes) -> None:
     [
         (
             b"format",
-            b"sluicefs-journal 2",
-            ["sluicefs-journal 2", "sluicefs-journal 1", "version that wrote it"],
+            b"sluicefs-journal 3",
+            ["sluicefs-journal 3", "sluicefs-journal 2", "version that wrote it"],
         ),
         (b"format", b"\xff" * 500, ["version that wrote it"]),
         (b"store", b"another", ["another cache directory"]),
@@ -122,7 +122,7 @@ def test_a_journal_of_another_version_or_cache_is_refused_and_stays(
             Journal(tmp_path, "store")
         text = str(caught.value)
         assert str(tmp_path) in text and "\n" not in text and all(word in text for word in words)
-    write_meta(tmp_path, name, {b"format": b"sluicefs-journal 1", b"store": b"store"}[name])
+    write_meta(tmp_path, name, {b"format": b"sluicefs-journal 2", b"store": b"store"}[name])
     journal = Journal(tmp_path, "store")
     assert journal.rows() == EACH
     journal.close()

@@ -652,23 +652,24 @@ def test_a_move_that_was_made_already_is_not_where_the_next_begins(home: Home) -
 
 
 def test_what_a_later_move_of_its_directory_carries_along_is_there(home: Home) -> None:
-    """All that came to the directory before, however deep; nothing that came after."""
+    """What a move brings to a directory goes on with it, and is where the lake has it now until then."""
     home.stage(1)
-    home.stage(2)
-    home.stage(3)
     rows: dict[int, Pending] = {
-        1: sealed(b"old/sub/f", 1),
-        2: Move(b"x", b"old/x", 6, KIND_FILE, '"x"', 1),
-        3: Mark(b"old/sub", 7, ATTRIBUTES),
-        4: Move(b"old/", b"new", 5, KIND_DIRECTORY),
-        5: sealed(b"old/f", 2),
-        6: Move(b"new/sub/", b"out", 7, KIND_DIRECTORY),
-        7: sealed(b"out/g", 3),
+        1: Move(b"x", b"old/x", 6, KIND_FILE, '"x"', 1),
+        2: Move(b"old/", b"new", 5, KIND_DIRECTORY),
+        3: sealed(b"old/f", 1),
+        4: Move(b"new/sub/", b"out", 7, KIND_DIRECTORY),
+        5: Move(b"new/y", b"y", 8, KIND_FILE, '"y"', 1),
+        6: Move(b"new/", b"newer", 5, KIND_DIRECTORY),
+        7: Move(b"new/z", b"z", 9, KIND_FILE, '"z"', 1),
+        8: Delete(b"z"),
+        9: Move(b"p", b"q", 0, KIND_FILE),
     }
     home.write_journal(rows)
     home.start()
-    assert home.tree().keys() == {"new", "new/x", "old", "old/f", "out", "out/f", "out/g"}
-    assert home.node("new/x")[1].origin == b"x" and home.node("new")[1].origin == b"old/"
+    assert home.tree().keys() == {"newer", "newer/x", "old", "old/f", "out", "y"}
+    origins = {path: home.node(path)[1].origin for path in ("newer", "newer/x", "out", "y")}
+    assert origins == {"newer": b"old/", "newer/x": b"x", "out": b"old/sub/", "y": b"old/y"}
     assert without_inodes(home.rows()) == without_inodes(rows)
 
 

@@ -243,7 +243,7 @@ async def test_a_directory_moved_out_of_a_moved_one_is_in_one_place(tmp_path: Pa
             key = w.key_of(inode) + b"/"
             assert key == b"a/sub/"
             w.move(inode, replace(node, parent=ROOT_INODE, name=b"c", origin=key))
-            cache.table.add(w, Move(key, b"c", inode, KIND_DIRECTORY))
+            cache.table.add(w, Move(b"b/sub/", b"c", inode, KIND_DIRECTORY))
 
         await mount.commit(move_out)
         assert await mount.listed() == ["b", "c"]

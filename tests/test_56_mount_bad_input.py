@@ -164,7 +164,16 @@ def test_a_cache_that_another_mount_uses(mounting: Mounting, folder: Folder) -> 
     assert mount.read("file") == b"1"
 
 
-@pytest.mark.parametrize("text", ["sluicefs-cache 999\nabc\n/lake\n", "", "\0\xff", "sluicefs-cache 1\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sluicefs-cache 999\nabc\n/lake\n",
+        "",
+        "\0\xff",
+        "sluicefs-cache 2\n",
+        "sluicefs-cache 1\nabc\n/lake\n",
+    ],
+)
 def test_a_cache_of_an_unknown_format(home: Path, folder: Folder, text: str) -> None:
     (home / "cache").mkdir()
     (home / "cache/format").write_text(text)

@@ -16,7 +16,6 @@ import pytest
 
 from tests.disks import fill_up, small_disk
 from tests.mounting import MIB, Folder, LiveMount, Mounting, content, until
-from tests.open_faults import open_fault
 
 WRITABLE = ("-o", "rw", "--upload-delay=0.3", "--upload-open-delay=0.5")
 STRESS_S = float(os.environ.get("SLUICE_STRESS_S", "4"))
@@ -233,7 +232,6 @@ def play(directory: Path, lake: Path, seed: int, until_s: float) -> None:
             pass
 
 
-@open_fault("an open may get ESTALE while others rewrite and rename the file")
 def test_rewriting_and_renaming_the_same_few_files_finds_no_error_and_no_wrong_byte(
     mount: LiveMount, folder: Folder
 ) -> None:

@@ -436,6 +436,17 @@ def entry(path: str, **values: Any) -> dict[str, Any]:
     }
 
 
+def test_ls_shows_how_large_files_are_read(fake: FakeMount, capsys: pytest.CaptureFixture[str]) -> None:
+    read = {"access": "random records", "record_bytes": 102_400, "amplification": 1.234}
+    entries = [entry("a", **read), entry("b"), entry("c", access="read on", amplification=None)]
+    fake.answers["ls"] = [{"result": {"entries": entries, "errors": [], "truncated": False}}]
+    assert cli.main(["ls", str(fake.mountpoint)]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[-3:] == ["read", "as", "amplif."]
+    text = " ".join(" ".join(rows).split())  # Long paths take several lines.
+    assert "random records of 100.0 KiB 1.23" in text and "read on -" in text
+
+
 def test_ls_lists_what_the_cache_has(fake: FakeMount, capsys: pytest.CaptureFixture[str]) -> None:
     directory = entry("d", kind="directory", size_bytes=0, tier=None, cached_bytes=0, last_used_s=None)
     never = entry("n\x1b[0m", tier=None, cached_bytes=0, last_used_s=None, victim_rank=None)
@@ -448,10 +459,10 @@ def test_ls_lists_what_the_cache_has(fake: FakeMount, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     lines = [line.removeprefix(f"{fake.mountpoint}/").split() for line in out.splitlines()]
     assert lines[1:] == [
-        ["a/b", "2.0", "KiB", "nvme0", "50%", "3", "2", "h", "ago", "#2"],
+        ["a/b", "2.0", "KiB", "nvme0", "50%", "3", "2", "h", "ago", "-", "#2"],
         ["d", "directory"],
-        ["n\\x1b[0m", "2.0", "KiB", "-", "0%", "3", "-", "-"],
-        ["[red]", "0", "B", "nvme0", "100%", "3", "2", "h", "ago", "#2"],
+        ["n\\x1b[0m", "2.0", "KiB", "-", "0%", "3", "-", "-", "-"],
+        ["[red]", "0", "B", "nvme0", "100%", "3", "2", "h", "ago", "-", "#2"],
     ]
     assert err == (
         f"sluice: {fake.mountpoint}/x: no such file\nsluice: only the first 9 are shown; see --limit\n"

@@ -59,6 +59,11 @@ def test_places_and_samplers_are_told_for_a_directory(mount: LiveMount, tmp_path
     assert "torch with seed 3, in this epoch and the next ones" in done.stdout
 
 
+def test_a_hint_may_name_its_directory_itself(mount: LiveMount, tmp_path: Path) -> None:
+    done = told(mount, tmp_path, f"directory={mount.directory}/train\nc0/00.jpg\nc1/01.jpg\n".encode())
+    assert (done.returncode, done.stderr) == (0, "") and "the order of 2 files" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "directory", "said"),
     [

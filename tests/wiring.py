@@ -151,9 +151,13 @@ class Cache:
         await self.fetcher.fetch(version, 0, version.size_bytes)
 
     async def idle(self) -> None:
-        """Return once no flight is under way."""
-        while flights := list(self.fetcher._flights.values()):
-            await flights[0][0].landed.wait()
+        """Return once no flight is under way, and none is to come."""
+        while self.fetcher._flights or self.fetcher._being_fetched:
+            flights = list(self.fetcher._flights.values())
+            if flights:
+                await flights[0][0].landed.wait()
+            else:
+                await trio.lowlevel.checkpoint()
 
     def resident_bytes(self, version: ObjectVersion) -> bytes | None:
         """Return the cached bytes of a whole version as its file holds them; None if it is not whole."""

@@ -71,6 +71,8 @@ def _read(file: str) -> Hint:
 
 def _tell(hint: Hint, file: str, directory: str | None) -> dict[str, Any]:
     """Return {"directory", "files", "missing", "examples"}: what the mount could use."""
+    if directory is None and hint.directory is not None:
+        directory = os.fsdecode(hint.directory)
     if directory is None and (hint.sampler is not None or hint.indices):
         raise UsageError(f"{file}: a sampler or places need the directory, too: sluice hint {file} DIR")
     base = Path(directory) if directory is not None else _common_directory(hint.paths, file)

@@ -75,8 +75,10 @@ def _table(entries: list[dict[str, Any]], now_s: float) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("path", overflow="fold")
-    for name in ("size", "tier", "cached", "hits", "last used", "leaves as"):
+    for name in ("size", "tier", "cached", "hits", "last used"):
         table.add_column(name, justify="right", no_wrap=True)
+    for name in ("state", "leaves", *_names_of_reads(entries)):
+        table.add_column(name)
     for entry in entries:
         table.add_row(Text(printable(entry["path"])), *_cells(entry, now_s))
     return table
@@ -84,18 +86,48 @@ def _table(entries: list[dict[str, Any]], now_s: float) -> Table:
 
 def _cells(entry: dict[str, Any], now_s: float) -> list[str]:
     if entry["kind"] == "directory":
-        return ["directory"]
+        return ["directory", "", "", "", "", _state(entry).strip("-")]
     size = entry["size_bytes"]
     share = min(1.0, entry["cached_bytes"] / size) if size else float(entry["tier"] is not None)
-    rank = entry["victim_rank"]
     return [
         format_size(size),
         entry["tier"] or "-",
         f"{share:.0%}",
         str(entry["hits"]),
         age(entry["last_used_s"], now_s),
-        "-" if rank is None else f"#{rank}",
+        _state(entry),
+        _leaving(entry),
+        *_reads(entry),
     ]
+
+
+def _state(entry: dict[str, Any]) -> str:
+    words = ["pinned"] if entry.get("pinned") else []
+    return ", ".join([*words, *filter(None, [entry.get("dirty")])]) or "-"
+
+
+def _leaving(entry: dict[str, Any]) -> str:
+    """Return "#0: used in this epoch": the next to leave its tier, and why."""
+    rank, why = entry["victim_rank"], entry.get("leaves")
+    if why == "pinned":
+        return "stays: pinned"
+    return f"{'-' if rank is None else f'#{rank}'}{f': {why}' if why else ''}"
+
+
+def _names_of_reads(entries: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the columns of `_reads`: there if a large file was read."""
+    return ("read as", "amplif.") if any(entry.get("access") for entry in entries) else ()
+
+
+def _reads(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return how a large file is read, and the bytes fetched over the bytes read."""
+    if entry.get("access") is None:
+        return ()
+    access, ratio, record_bytes = (entry.get(key) for key in ("access", "amplification", "record_bytes"))
+    how = str(access)
+    if record_bytes:
+        how += f" of {format_size(record_bytes)}"
+    return how, "-" if ratio is None else f"{ratio:.2f}"
 
 
 def age(then_s: float | None, now_s: float) -> str:

@@ -78,6 +78,11 @@ class Mounted:
         status: dict[str, Any] = json.loads(self._sluice("status", "--json", str(self.directory)))
         return status
 
+    def ls(self, *paths: str) -> list[dict[str, Any]]:
+        """Return the entries that `sluice ls --json` prints for *paths*."""
+        entries: list[dict[str, Any]] = json.loads(self._sluice("ls", "--json", *paths))["entries"]
+        return entries
+
     def pids(self) -> dict[str, list[int]]:
         """Return the processes of the mount by role: supervisor, workers, mover."""
         processes = self.status()["processes"]

@@ -39,6 +39,11 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def end_with_parent() -> None:
+    """For a child between fork and exec: it gets SIGTERM when its parent dies, so that it can unmount."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 def free_ports(count: int) -> list[int]:
     """Return *count* consecutive TCP ports that are free now, below the ephemeral range."""
     for _ in range(200):
@@ -119,6 +124,11 @@ class SeaweedServer:
     @property
     def endpoint_url(self) -> str:
         return f"http://{LOOPBACK}:{self._ports[0]}"
+
+    @property
+    def filer_address(self) -> str:
+        """Return where `weed mount` finds the server: "host:port.grpc-port"."""
+        return f"{LOOPBACK}:{self._ports[2]}.{self._ports[3]}"
 
     @property
     def pid(self) -> int:

@@ -143,12 +143,15 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     for tier in status.get("tiers", []):
         rows.append((f"tier {tier.get('name', '')}", _tier(tier)))
     if by_source := status.get("reads", {}).get("bytes_by_source"):
-        rows.append(
-            ("read from", ", ".join(f"{name} {format_size(size)}" for name, size in by_source.items()))
-        )
+        rows.append(("read from", _reads(by_source, status["reads"])))
     if lake_io := status.get("lake_io"):
         rows.append(("lake traffic", _lake_io(lake_io)))
     rows += [(f"set {shown.get('path', '')}", _set(shown)) for shown in status.get("sets", [])]
+    if (pins := status.get("pins")) and pins.get("paths"):
+        rows.append(
+            ("pinned", f"{', '.join(pins['paths'])}: {format_size(pins.get('bytes', 0))} of the disks")
+        )
+    rows += [("warming", _warming(job)) for job in status.get("warming", [])]
     if dirty_bytes := status.get("dirty_bytes"):
         rows.append(("not uploaded", format_size(dirty_bytes)))
     rows += [(f"feature {name}", _feature(value)) for name, value in status.get("features", {}).items()]
@@ -183,6 +186,21 @@ def _lake_io(lake_io: dict[str, Any]) -> str:
     return f"{fetched} fetched, {sent} sent; requests: {requests or 'none'}"
 
 
+def _reads(by_source: dict[str, int], reads: dict[str, Any]) -> str:
+    text = ", ".join(f"{name} {format_size(size)}" for name, size in by_source.items())
+    if (hit_rate := reads.get("hit_rate")) is not None:
+        text += f": {hit_rate:.1%} hits"
+    if waits := reads.get("waits"):
+        text += f"; {waits:,} reads waited {reads.get('wait_s', 0.0):.1f} s in all"
+    return text
+
+
+def _warming(job: dict[str, Any]) -> str:
+    done, total = (format_size(job.get(key, 0)) for key in ("fetched_bytes", "fetch_bytes"))
+    left_s = job.get("left_s")
+    return f"{done} of {total}" + (f", {_duration(left_s)} left" if left_s is not None else "")
+
+
 def _set(shown: dict[str, Any]) -> str:
     used, cached = (shown.get(key, 0.0) for key in ("used_share", "cached_share"))
     wasted_bytes = shown.get("wasted_bytes", 0)
@@ -191,7 +209,15 @@ def _set(shown: dict[str, Any]) -> str:
         f" of {shown.get('files', 0):,} files, {format_size(shown.get('bytes', 0))};"
         f" {shown.get('pattern')}, order {shown.get('order')}; read-ahead: {shown.get('read_ahead')}"
         + (f", {format_size(wasted_bytes)} wasted" if wasted_bytes else "")
+        + _hits(shown)
+        + (f"; read amplification {ratio:.2f}" if (ratio := shown.get("amplification")) else "")
     )
+
+
+def _hits(shown: dict[str, Any]) -> str:
+    if (hit_rate := shown.get("hit_rate")) is None:
+        return ""
+    return f"; {hit_rate:.1%} hits in this epoch, readers waited {shown.get('waited_s', 0.0):.1f} s"
 
 
 def _feature(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import chain
 
 from cache.policy.due import SOME_TIME, ByDue, Next
@@ -26,7 +26,9 @@ class AutoPolicy(EpochPolicy):
     What only scans have used says nothing about epochs: its leaving does not end one.
     Uses are halved at the end of each epoch, so that what was hot once does not stay for ever, and known
     for a while of what has left: else nothing that leaves soon after its use would ever become hot.
-    Invariants: `_uses` has the items that are here, `_uses_sum` is its sum; `_gone` is at most as long.
+    What is pinned is compared with nothing: no use of it is counted.
+    Invariants: `_uses` has the items that are here and not pinned, `_uses_sum` is its sum; `_gone` is at
+    most as long, or as _GONE_MIN.
     """
 
     name = "auto"
@@ -41,7 +43,10 @@ class AutoPolicy(EpochPolicy):
 
     def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
         super().added(item, size_bytes, used=used)
-        self._set_uses(item, self._gone.pop(item, 0) + used)
+        if item in self._pinned:
+            return
+        if item not in self._uses:  # Else it is a group that grows.
+            self._set_uses(item, self._gone.pop(item, 0) + used)
         if used:
             self._heat(item)
 
@@ -70,6 +75,20 @@ class AutoPolicy(EpochPolicy):
         if item not in self._hot:  # Which leaves later still.
             super().expect(item, next)
 
+    def want(self, item: ItemId) -> None:
+        if item not in self._hot:
+            super().want(item)
+
+    def pin(self, item: ItemId) -> None:
+        super().pin(item)
+        if item in self._pinned:
+            self._set_uses(item, None)
+
+    def unpin(self, item: ItemId) -> None:
+        if item in self._pinned:
+            super().unpin(item)
+            self._set_uses(item, 0)
+
     def passed(self, item: ItemId) -> None:
         is_scanned_only = self._uses.get(item, 0) <= 1 and (item in self._recent or item in self._used)
         if is_scanned_only and (size_bytes := self._take_out(item)) is not None:
@@ -86,6 +105,10 @@ class AutoPolicy(EpochPolicy):
     @property
     def spare_bytes(self) -> int:
         return super().spare_bytes + self._scanned.size_bytes
+
+    def _reasons(self) -> tuple[tuple[Container[ItemId], str], ...]:
+        scanned = (self._scanned, "read once by a scan")
+        return (scanned, (self._hot, "used far more often than the others"), *super()._reasons())
 
     def _queues(self) -> tuple[_Queue | ByDue[ItemId], ...]:
         return (*super()._queues(), self._scanned, self._hot)
@@ -107,7 +130,7 @@ class AutoPolicy(EpochPolicy):
         if uses < _HOT_USES_MIN or uses * len(self._uses) < _HOT_TIMES_MEAN * self._uses_sum:
             return
         self._hot.put(item, self._take_out(item) or 0)
-        total_bytes = sum(queue.size_bytes for queue in self._queues())
+        total_bytes = sum(queue.size_bytes for queue in self._queues()) - self.pinned_bytes
         while self._hot.size_bytes * _HOT_SHARE_MAX > total_bytes:
             coldest = next(iter(self._hot))
             self._needed.put(coldest, self._hot.take(coldest) or 0)

@@ -7,13 +7,15 @@ version id, and 4 of group number for a group.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from itertools import chain, islice
 from typing import NewType, Protocol
 
 from cache.policy.due import SOME_TIME, ByDue, Next
 
 ItemId = NewType("ItemId", bytes)
+
+PINNED = "pinned"
 
 
 class EvictionPolicy(Protocol):
@@ -44,6 +46,27 @@ class EvictionPolicy(Protocol):
     def next_of(self, item: ItemId) -> Next | None:
         """Return what `expect` last said of the item and no use has made untrue since, else None."""
 
+    def want(self, item: ItemId) -> None:
+        """Somebody asked to have *item* here: it leaves after what nobody asked for. No use."""
+
+    def is_wanted(self, item: ItemId) -> bool:
+        """Return whether *item* is here to be used: brought unasked, or not yet used in this epoch."""
+
+    def pin(self, item: ItemId) -> None:
+        """*item* never leaves, until `unpin`. Unknown items are ignored."""
+
+    def unpin(self, item: ItemId) -> None:
+        """Take `pin` back. Items that are not pinned are ignored."""
+
+    def pinned(self) -> list[ItemId]:
+        """Return all pinned items."""
+
+    @property
+    def pinned_bytes(self) -> int: ...
+
+    def why(self, item: ItemId) -> str | None:
+        """Return what decides when *item* leaves, for people; None when it is not in the tier."""
+
     @property
     def expected_bytes(self) -> int:
         """Return the bytes of what this epoch of some set is expected to use."""
@@ -58,87 +81,32 @@ class EvictionPolicy(Protocol):
         Counting may stop at *enough_bytes*.
         """
 
-    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
+    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
         """Return the items to evict, first to leave first, so that *need_bytes* come free.
 
-        Skips items of the versions in *busy*, so it may free less than asked. Changes
-        nothing: call `removed()` once an item has left the disk.
+        Skips the items in *staying*, so it may free less than asked. Changes nothing: call
+        `removed()` once an item has left the disk.
         """
 
     def size_of(self, item: ItemId) -> int | None:
         """Return the item's size in bytes, None when it is not in the tier."""
 
     def order(self, limit: int) -> list[ItemId]:
-        """Return the first *limit* items in the order in which they would leave."""
+        """Return the first *limit* items in the order in which they would leave, without the pinned."""
 
     def __len__(self) -> int: ...
 
 
-def _take(items: Iterator[tuple[ItemId, int]], need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
+def _take(items: Iterator[tuple[ItemId, int]], need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
     chosen: list[ItemId] = []
     for item, size_bytes in items:
         if need_bytes <= 0:
             break
-        if item[:16] in busy:
+        if item in staying:
             continue
         chosen.append(item)
         need_bytes -= size_bytes
     return chosen
-
-
-class LruPolicy:
-    """The least recently used item leaves first."""
-
-    name = "lru"
-
-    def __init__(self) -> None:
-        self._items: OrderedDict[ItemId, int] = OrderedDict()
-
-    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
-        self._items[item] = size_bytes
-        self._items.move_to_end(item)
-
-    def touched(self, item: ItemId) -> None:
-        if item in self._items:
-            self._items.move_to_end(item)
-
-    def removed(self, item: ItemId) -> None:
-        self._items.pop(item, None)
-
-    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
-        pass  # It knows of no future.
-
-    def release(self, item: ItemId) -> None:
-        pass
-
-    def passed(self, item: ItemId) -> None:
-        pass
-
-    def next_of(self, item: ItemId) -> Next | None:
-        return None
-
-    @property
-    def expected_bytes(self) -> int:
-        return 0
-
-    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
-        return 0
-
-    @property
-    def spare_bytes(self) -> int:
-        return 0  # What was used last would go for what may never be used.
-
-    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
-        return _take(iter(self._items.items()), need_bytes, busy)
-
-    def size_of(self, item: ItemId) -> int | None:
-        return self._items.get(item)
-
-    def order(self, limit: int) -> list[ItemId]:
-        return list(islice(self._items, limit))
-
-    def __len__(self) -> int:
-        return len(self._items)
 
 
 class _Queue(OrderedDict[ItemId, int]):
@@ -161,6 +129,90 @@ class _Queue(OrderedDict[ItemId, int]):
         self.size_bytes += other.size_bytes
 
 
+class LruPolicy:
+    """The least recently used item leaves first."""
+
+    name = "lru"
+
+    def __init__(self) -> None:
+        self._items = _Queue()
+        self._pinned = _Queue()
+
+    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
+        queue = self._pinned if item in self._pinned else self._items
+        queue.take(item)
+        queue.put(item, size_bytes)
+
+    def touched(self, item: ItemId) -> None:
+        if item in self._items:
+            self._items.move_to_end(item)
+
+    def removed(self, item: ItemId) -> None:
+        self._items.take(item)
+        self._pinned.take(item)
+
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        pass  # It knows of no future.
+
+    def release(self, item: ItemId) -> None:
+        pass
+
+    def passed(self, item: ItemId) -> None:
+        pass
+
+    def next_of(self, item: ItemId) -> Next | None:
+        return None
+
+    def want(self, item: ItemId) -> None:
+        self.touched(item)  # It knows of uses only.
+
+    def is_wanted(self, item: ItemId) -> bool:
+        return False
+
+    def pin(self, item: ItemId) -> None:
+        if (size_bytes := self._items.take(item)) is not None:
+            self._pinned.put(item, size_bytes)
+
+    def unpin(self, item: ItemId) -> None:
+        if (size_bytes := self._pinned.take(item)) is not None:
+            self._items.put(item, size_bytes)
+
+    def pinned(self) -> list[ItemId]:
+        return list(self._pinned)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pinned.size_bytes
+
+    def why(self, item: ItemId) -> str | None:
+        if item in self._pinned:
+            return PINNED
+        return "least recently used first" if item in self._items else None
+
+    @property
+    def expected_bytes(self) -> int:
+        return 0
+
+    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
+        return 0
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0  # What was used last would go for what may never be used.
+
+    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
+        return _take(iter(self._items.items()), need_bytes, staying)
+
+    def size_of(self, item: ItemId) -> int | None:
+        return self._items.get(item, self._pinned.get(item))
+
+    def order(self, limit: int) -> list[ItemId]:
+        return list(islice(self._items, limit))
+
+    def __len__(self) -> int:
+        return len(self._items) + len(self._pinned)
+
+
 class EpochPolicy:
     """For shuffled epochs: a set that stays is worth more than what came last.
 
@@ -174,7 +226,7 @@ class EpochPolicy:
       recent  used a moment ago: somebody may still be reading it
       planned told from outside: when this epoch will use it. The furthest first
       expected  told from outside: a recognised epoch has not used it yet, and may at any time
-    The newest few of `recent` leave after `expected`.
+    The newest few of `recent` leave after `expected`. What is pinned never leaves.
     With random orders and a fraction C of a set cached, an epoch then fetches (1 - C) of it.
     Least recently used first would fetch nearly all of it (0.98 at C = 0.2, 0.85 at 0.5).
 
@@ -199,19 +251,25 @@ class EpochPolicy:
         self._later: ByDue[ItemId] = ByDue()
         self._planned: ByDue[ItemId] = ByDue()
         self._recent = _Queue()
+        self._pinned = _Queue()
         self._recent_again: set[ItemId] = set()  # Those of `recent` that go on to `again`.
         self._recent_later: dict[ItemId, int] = {}  # Those that go on to `later`, and when they are due.
         self._gone_unused = 0  # Items that left since one was used.
         self.epochs = 0
 
     def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
+        is_pinned = item in self._pinned
         self._take_out(item)
-        if used:
+        if is_pinned:
+            self._pinned.put(item, size_bytes)
+        elif used:
             self._use(item, size_bytes, again=False)
         else:
             self._needed.put(item, size_bytes)
 
     def touched(self, item: ItemId) -> None:
+        if item in self._pinned:
+            return
         if item in self._recent:
             self._recent.move_to_end(item)
         elif (size_bytes := self.size_of(item)) is not None:
@@ -239,6 +297,8 @@ class EpochPolicy:
                 self.epoch_began()
 
     def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        if item in self._pinned:
+            return
         if next.later and next.due is not None and item in self._recent:
             self._recent_later[item] = next.due
             return
@@ -248,6 +308,10 @@ class EpochPolicy:
             self._expected.put(item, size_bytes)
         else:
             (self._later if next.later else self._planned).put(item, size_bytes, next.due)
+
+    def _put_into(self, queue: _Queue, item: ItemId) -> None:
+        if item not in self._pinned and (size_bytes := self._take_out(item)) is not None:
+            queue.put(item, size_bytes)
 
     def release(self, item: ItemId) -> None:
         if self.next_of(item) is not None and (size_bytes := self._take_out(item)) is not None:
@@ -264,6 +328,43 @@ class EpochPolicy:
         due = self._recent_later.get(item, self._later.due(item))
         return None if due is None else Next(due, later=True)
 
+    def want(self, item: ItemId) -> None:
+        if item not in self._expected and item not in self._planned:
+            self._put_into(self._needed, item)
+
+    def is_wanted(self, item: ItemId) -> bool:
+        return item in self._needed
+
+    def pin(self, item: ItemId) -> None:
+        self._put_into(self._pinned, item)
+
+    def unpin(self, item: ItemId) -> None:
+        if (size_bytes := self._pinned.take(item)) is not None:
+            self._needed.put(item, size_bytes)
+
+    def pinned(self) -> list[ItemId]:
+        return list(self._pinned)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pinned.size_bytes
+
+    def why(self, item: ItemId) -> str | None:
+        return next((reason for queue, reason in self._reasons() if item in queue), None)
+
+    def _reasons(self) -> tuple[tuple[Container[ItemId], str], ...]:
+        return (
+            (self._pinned, PINNED),
+            (self._idle, "not used in the last epoch"),
+            (self._used, "used in this epoch"),
+            (self._again, "used again in this epoch"),
+            (self._later, "expected by the next epoch, in its order"),
+            (self._needed, "not yet used in this epoch"),
+            (self._recent, "used a moment ago"),
+            (self._planned, "expected by the running epoch, in its order"),
+            (self._expected, "expected by the running epoch"),
+        )
+
     @property
     def expected_bytes(self) -> int:
         return self._expected.size_bytes + self._planned.size_bytes
@@ -276,8 +377,8 @@ class EpochPolicy:
     def bytes_beyond(self, due: int, enough_bytes: int) -> int:
         return self._planned.bytes_beyond(due, enough_bytes)
 
-    def victims(self, need_bytes: int, busy: Collection[bytes]) -> list[ItemId]:
-        return _take(self._in_order(), need_bytes, busy)
+    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
+        return _take(self._in_order(), need_bytes, staying)
 
     def size_of(self, item: ItemId) -> int | None:
         for queue in self._queues():
@@ -301,6 +402,7 @@ class EpochPolicy:
             self._later,
             self._again,
             self._idle,
+            self._pinned,
         )
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:

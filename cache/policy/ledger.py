@@ -50,5 +50,13 @@ class Ledger:
         if (entry := self._open.pop(vid, None)) is not None:
             entry[0].wasted_bytes += entry[1]
 
+    def left_in_part(self, vid: bytes, size_bytes: int) -> None:
+        """So much of the version has left the cache, and the rest is there."""
+        if (entry := self._open.get(vid)) is not None:
+            account, rest_bytes = entry
+            wasted_bytes = min(size_bytes, rest_bytes)
+            account.wasted_bytes += wasted_bytes
+            self._open[vid] = (account, rest_bytes - wasted_bytes)
+
     def __len__(self) -> int:
         return len(self._open)

@@ -9,6 +9,7 @@ from cache.model import KEY_BYTES_MAX, KIND_DIRECTORY, KIND_FILE, KIND_SYMLINK, 
 
 SHADOWED = "a directory or file of this name is there too"
 WRITTEN_HERE = "a file of this name was written here and is not in the lake yet"
+CONTROL_DIRECTORY = "the mount's own control directory has this name"
 MARKER_WITH_CONTENT = "a directory marker with content"
 
 

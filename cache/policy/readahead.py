@@ -43,10 +43,20 @@ class SequentialReadAhead:
         self._window_bytes_max = max(GROUP_BYTES, window_bytes_max)
         self._files: OrderedDict[bytes, FileStreams] = OrderedDict()
 
-    def read(self, vid: bytes, offset: int, length: int, size_bytes: int, *, stalled: bool) -> range | None:
+    def read(
+        self,
+        vid: bytes,
+        offset: int,
+        length: int,
+        size_bytes: int,
+        *,
+        stalled: bool,
+        goes_on: bool = False,
+    ) -> range | None:
         """Note a read; return the bytes to fetch ahead now, as a range, or None.
 
-        *stalled*: the reader has to wait for the lake.
+        *stalled*: the reader has to wait for the lake. *goes_on*: it is known to read on from where
+        somebody read, also where no stream is.
         """
         streams = self._files.setdefault(vid, FileStreams())
         self._files.move_to_end(vid)
@@ -60,7 +70,8 @@ class SequentialReadAhead:
             if len(streams.streams) > self.STREAMS_MAX:
                 streams.streams.popitem(last=False)
             # The start of a file is read on more often than not.
-            return self._advance(streams.streams[streams.serial], size_bytes) if offset == 0 else None
+            goes_on = goes_on or offset == 0
+            return self._advance(streams.streams[streams.serial], size_bytes) if goes_on else None
         stream.reads += 1
         stream.frontier = max(stream.frontier, end)
         stream.fetched = max(stream.fetched, stream.frontier)

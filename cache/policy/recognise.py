@@ -32,10 +32,14 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Perhaps a set: the files of directory *root*, with those of its subtree if *deep*."""
+    """Perhaps a set: the files of directory *root*, with those of its subtree if *deep*.
+
+    *large*: those over SMALL_OBJECT_BYTES_MAX, else the others.
+    """
 
     root: int
     deep: bool
+    large: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,8 @@ class Use:
     at_s: float
 
 
-EVIDENCE = 16  # Uses of different files before anything is proposed.
+EVIDENCE = 16  # Uses of different files before anything is proposed,
+LARGE_EVIDENCE = 2  # and of large ones: there are few, and each takes its time.
 _USES_MAX = 256
 _CHECK_EVERY = 8
 _FORGET_S = 300.0  # Uses longer apart than this have nothing to do with each other.
@@ -56,9 +61,12 @@ _FEW_BRANCHES = 4
 
 
 class Recogniser:
-    """Holds the last _USES_MAX uses that belong to no set."""
+    """Holds the last _USES_MAX uses that belong to no set. *large*: all of them are of large files."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, large: bool = False) -> None:
+        self._large = large
+        self._evidence = LARGE_EVIDENCE if large else EVIDENCE
+        self._check_every = 1 if large else _CHECK_EVERY
         self._uses: deque[Use] = deque()
         self._seen: set[int] = set()  # Invariant: the inodes of _uses.
         self._since_check = 0
@@ -73,7 +81,7 @@ class Recogniser:
         while len(self._uses) > _USES_MAX or self._uses[0].at_s < now_s - _FORGET_S:
             self._seen.remove(self._uses.popleft().inode)
         self._since_check += 1
-        if self._since_check < _CHECK_EVERY or len(self._uses) < EVIDENCE:
+        if self._since_check < self._check_every or len(self._uses) < self._evidence:
             return None
         self._since_check = 0
         return self._find(now_s)
@@ -113,18 +121,18 @@ class Recogniser:
     ) -> Candidate | None:
         """Return the topmost candidate at or below *directory*."""
         branches = below[directory.inode]
-        if len(branches) < EVIDENCE:
+        if len(branches) < self._evidence:
             return None
-        whole = Candidate(directory.inode, deep=True)
+        whole = Candidate(directory.inode, deep=True, large=self._large)
         if self._is_open(whole, now_s) and _is_one_set(branches, directory.entries, below):
             return whole
         for branch, count in Counter(branches).most_common():
-            if count < EVIDENCE:
+            if count < self._evidence:
                 break
             if branch != _FILES:
                 found = self._find_below(known[branch], below, known, now_s)
             else:
-                shallow = Candidate(directory.inode, deep=False)
+                shallow = Candidate(directory.inode, deep=False, large=self._large)
                 found = shallow if self._is_open(shallow, now_s) else None
             if found is not None:
                 return found

@@ -29,6 +29,7 @@ class Pattern(Enum):
     SHUFFLED = "shuffled"
     SCAN = "scan"
     REUSED = "reused"
+    RECORDS = "random records"  # Of large files, each read here and there: which is next says nothing.
 
 
 class Members:
@@ -134,7 +135,8 @@ OPEN = 0  # Not looked at in this epoch.
 DONE = 1  # Used or found resident in this epoch, or not to be had.
 AHEAD = 2  # Fetched ahead or on its way, not used yet.
 
-_EVIDENCE = 16  # Uses before a pattern is believed.
+_EVIDENCE = 16  # Uses before a pattern is believed,
+_LARGE_EVIDENCE = 2  # and in a set of large files.
 _WINDOW = 64  # Uses that a pattern is judged by.
 _MASK = (1 << _WINDOW) - 1
 _SCAN_SHARE = 0.6  # Of the uses that follow a recent one in listing order.
@@ -161,10 +163,15 @@ class SampleSet:
     which became AHEAD in this epoch; a used member is DONE.
     """
 
-    def __init__(self, root: int, members: Members, upcoming: Upcoming, *, deep: bool) -> None:
-        """*deep*: subdirectories of *root* are part of it."""
+    def __init__(
+        self, root: int, members: Members, upcoming: Upcoming, *, deep: bool, large: bool = False
+    ) -> None:
+        """*deep*: subdirectories of *root* are part of it. *large*: a use is one pass over a large file."""
         self.root = root
         self.deep = deep
+        self.large = large
+        self.in_hands = 0  # Of large members: how many are being read now.
+        self.records_used = 0  # Of large members: how many are not read from start to end.
         self.members = members
         self.upcoming = upcoming
         self.epoch = 0  # 0: only a few uses so far.
@@ -198,7 +205,8 @@ class SampleSet:
         if self._used[place]:
             return self._used_again(place, now_s)
         self._used_first(place, now_s)
-        if self.epoch == 0 and self.used_count >= min(_EVIDENCE, len(self.members)):
+        evidence = _LARGE_EVIDENCE if self.large else _EVIDENCE
+        if self.epoch == 0 and self.used_count >= min(evidence, len(self.members)):
             self.epoch = 1
             return True
         return False
@@ -237,7 +245,8 @@ class SampleSet:
             return repeats >= max(1, min(_AGAIN_AT_THE_END, count // 8))
         if share >= _SOME and self._again_count <= 2 * repeats:
             return repeats >= max(_AGAIN_AT_ONCE_MIN, _WINDOW * share / 2)
-        return self._again_count > max(_AGAIN_MIN, self.used_count // _AGAIN_SHARE)
+        least = min(_AGAIN_MIN, max(2, count // _AGAIN_SHARE)) if self.large else _AGAIN_MIN
+        return self._again_count > max(least, self.used_count // _AGAIN_SHARE)
 
     def _begin_epoch(self, now_s: float) -> None:
         """Start the next epoch with what was used again as its first uses."""
@@ -271,10 +280,14 @@ class SampleSet:
     def pattern(self) -> Pattern:
         if self.epoch == 0:
             return Pattern.FEW
+        if self.records_used * 2 > self.used_count:
+            return Pattern.RECORDS
         repeated = self._repeats.bit_count() / min(_WINDOW, self._uses)
         if repeated > _REUSED_SHARE + self.used_count / len(self.members):
             return Pattern.REUSED
-        follow = self._follows.bit_count() / min(_WINDOW, self._first_uses)
+        # Of a few large files, the first, which can follow none, would weigh too much.
+        judged = max(1, self._first_uses - self.large)
+        follow = self._follows.bit_count() / min(_WINDOW, judged)
         return Pattern.SCAN if follow >= _SCAN_SHARE else Pattern.SHUFFLED
 
     # What to fetch
@@ -282,7 +295,8 @@ class SampleSet:
     def take(self) -> int | None:
         """Return the place of the member to fetch now, which is AHEAD from here on; None: none."""
         pattern = self.pattern
-        if not self.upcoming.is_known and self.unused_ahead >= self._ahead_max(pattern):
+        is_bold = self.upcoming.is_known and not self.large
+        if not is_bold and self.unused_ahead >= self._ahead_max(pattern):
             return None
         frontier = self._near[-1] if pattern is Pattern.SCAN else None
         place = self.upcoming.next_place(self.status, frontier)
@@ -321,6 +335,8 @@ class SampleSet:
 
     def _ahead_max(self, pattern: Pattern) -> int:
         """Return how many members may be fetched ahead and not used yet."""
+        if self.large:
+            return self._large_ahead_max(pattern)
         if pattern is Pattern.SHUFFLED:
             return _AHEAD_PER_USE * self.used_count
         if pattern is Pattern.SCAN:
@@ -328,11 +344,21 @@ class SampleSet:
             return min(_SCAN_PER_USE * self.used_count, _SCAN_FILES_MAX, by_bytes)
         return 0
 
+    def _large_ahead_max(self, pattern: Pattern) -> int:
+        if pattern not in (Pattern.SHUFFLED, Pattern.SCAN):
+            return 0
+        next_ones = 1 + max(1, self.in_hands)
+        if pattern is Pattern.SCAN or self.upcoming.is_known:
+            return next_ones
+        # Which come next is not known, that they come is: as many as were used, should the reader stop.
+        return next_ones + self.used_count
+
     # Growth
 
     def succeeded_by(self, members: Members, upcoming: Upcoming, now_s: float) -> SampleSet:
         """Return the set with the members that it has now, as far into its epoch as this one."""
-        successor = SampleSet(self.root, members, upcoming, deep=self.deep)
+        successor = SampleSet(self.root, members, upcoming, deep=self.deep, large=self.large)
+        successor.in_hands, successor.records_used = self.in_hands, self.records_used
         for place in self.used_places():
             new_place = members.place(self.members.inodes[place])
             if new_place is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ from typing import Any
 
 from cache.model import MIB
 from tools.bench import lakes
+from tools.bench.field import leave
 from tools.bench.figures import Figure, MeasurementFailed, Target, alternate, progress
 from tools.bench.settings import Settings
-from tools.mounted import Mounted, sluice_command
+from tools.mounted import sluice_command
 
 NAME = "checkpoint"
 FILES = 4
@@ -68,37 +70,39 @@ def _stall(
     )
 
 
-def leave(mount: Mounted) -> None:
-    """Unmount without sending anything, and forget it with the cache directory."""
-    done = subprocess.run([sluice_command(), "umount", "--lazy", str(mount.directory)], check=False)
-    if done.returncode != 0:
-        raise MeasurementFailed("umount --lazy failed")
-
-
 def save_all(directory: Path, size_bytes: int, writers: int) -> float:
     """Return how many seconds *writers* processes take to save FILES files of *size_bytes* in all."""
     context = get_context("fork")
     barrier = context.Barrier(writers + 1)
     shares = [range(first, FILES, writers) for first in range(writers)]
     children = [
-        context.Process(target=_save_each, args=(directory, share, size_bytes, barrier)) for share in shares
+        context.Process(target=_save_each, args=(directory, share, size_bytes, barrier), daemon=True)
+        for share in shares
     ]
-    for child in children:
-        child.start()
-    barrier.wait()
-    started_s = time.monotonic()
-    for child in children:
-        child.join()
-        if child.exitcode != 0:
-            raise MeasurementFailed(f"a writer ended with status {child.exitcode}")
-    return time.monotonic() - started_s
+    try:
+        for child in children:
+            child.start()
+        barrier.wait()
+        started_s = time.monotonic()
+        for child in children:
+            child.join()
+            if child.exitcode != 0:
+                raise MeasurementFailed(f"a writer ended with status {child.exitcode}")
+        return time.monotonic() - started_s
+    finally:
+        for child in children:  # Ours to end where we are interrupted: at exit Python waits for them.
+            if child.pid is not None:
+                child.kill()
 
 
 def _save_each(directory: Path, share: range, size_bytes: int, barrier: Any) -> None:
     content = memoryview(os.urandom(WRITE_BYTES))
     barrier.wait()
-    for number in share:
-        save(directory / f"rank{number}.pt", content, size_bytes)
+    try:
+        for number in share:
+            save(directory / f"rank{number}.pt", content, size_bytes)
+    except OSError as error:
+        sys.exit(f"a writer failed: {error}")
 
 
 def save(path: Path, content: memoryview, size_bytes: int) -> None:
@@ -149,7 +153,7 @@ def in_child_s(work: Callable[..., None], *arguments: Any) -> float:
     """Return the seconds that *work* took in a child process, which writes them to a pipe."""
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    child = context.Process(target=_timed_child, args=(sending, work, *arguments))
+    child = context.Process(target=_timed_child, args=(sending, work, *arguments), daemon=True)
     child.start()
     sending.close()
     try:

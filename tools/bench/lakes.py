@@ -30,6 +30,9 @@ class Endpoint:
     access_key: str
     secret_key: str
     region: str
+    filer: str = (
+        ""  # Of SeaweedFS, "host:port.grpc-port": what its own mount speaks to. "": can't be reached so.
+    )
 
     def environment(self) -> dict[str, str]:
         return {
@@ -74,26 +77,37 @@ def seaweed(directory: Path) -> Iterator[Endpoint]:
     # Its memory is not measured; at the default limit a garbage collector under pressure would be.
     with SeaweedServer(directory, memory="2GiB") as server:
         server.create_bucket(BUCKET)
-        yield Endpoint(server.endpoint_url, server.access_key, server.secret_key, server.region)
+        yield Endpoint(
+            server.endpoint_url, server.access_key, server.secret_key, server.region, server.filer_address
+        )
 
 
 @contextmanager
-def slowed(endpoint: Endpoint, latency_s: float) -> Iterator[tuple[Endpoint, str]]:
-    """Yield *endpoint* behind a proxy that delays each request, and the proxy's name for the notes."""
-    proxy, name = _proxy(endpoint.url, latency_s)
+def slowed(
+    endpoint: Endpoint, latency_s: float, connection_bytes_per_s: int | None = None
+) -> Iterator[tuple[Endpoint, str]]:
+    """Yield *endpoint* behind a proxy that delays each request, and what it does for the notes.
+
+    nginx alone can keep each connection to *connection_bytes_per_s*.
+    """
+    proxy, name = _proxy(endpoint.url, latency_s, connection_bytes_per_s)
     with proxy:
         yield Endpoint(proxy.endpoint_url, endpoint.access_key, endpoint.secret_key, endpoint.region), name
 
 
-def _proxy(upstream_url: str, latency_s: float) -> tuple[NginxProxy | SlowProxy, str]:
+def _proxy(
+    upstream_url: str, latency_s: float, connection_bytes_per_s: int | None
+) -> tuple[NginxProxy | SlowProxy, str]:
     """Return nginx, which is cheaper at high concurrency, or where it is missing our own proxy."""
-    nginx = NginxProxy(upstream_url, latency_s=latency_s)
+    nginx = NginxProxy(upstream_url, latency_s=latency_s, connection_bytes_per_s=connection_bytes_per_s)
     try:
         with nginx:
             pass
     except ServerError:
-        return SlowProxy(upstream_url, Faults(latency_s=latency_s)), "tools.servers.SlowProxy"
-    return NginxProxy(upstream_url, latency_s=latency_s), "nginx with echo_sleep"
+        uncapped = ", connections not capped" if connection_bytes_per_s else ""
+        return SlowProxy(upstream_url, Faults(latency_s=latency_s)), f"tools.servers.SlowProxy{uncapped}"
+    cap = f", {connection_bytes_per_s / 1e6:g} MB/s a connection" if connection_bytes_per_s else ""
+    return nginx, f"nginx with echo_sleep{cap}"
 
 
 def body(key: str, size_bytes: int) -> bytes:
@@ -121,7 +135,7 @@ def _fill(endpoint: Endpoint, objects: Mapping[str, int]) -> None:
 
 def in_child(work: Any, *arguments: Any) -> None:
     """Run *work* in a fresh process and wait for it. Raises RuntimeError when it fails."""
-    child = get_context("spawn").Process(target=work, args=arguments)
+    child = get_context("spawn").Process(target=work, args=arguments, daemon=True)
     child.start()
     child.join()
     if child.exitcode != 0:

@@ -1,4 +1,4 @@
-"""One large cached object, read in order and at random places, against the same file on ext4.
+"""One large cached object, read in order and at random places, against the same file on ext4 and in peers.
 
 Once in the page cache, which passthrough shares with the cache's own file, and once with the page
 cache dropped before each round: then both come from the disk.
@@ -10,11 +10,12 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from cache.model import GIB, KIB, MIB
 from tools.bench import lakes, readers
-from tools.bench.figures import Figure, Target, alternate, progress
+from tools.bench.contest import Side, Task, contest, for_each
+from tools.bench.field import Need, SluiceSide, standing
+from tools.bench.figures import Figure, Target, progress
 from tools.bench.settings import Settings, drop_page_cache
 
 NAME = "large-hits"
@@ -31,20 +32,29 @@ class Work:
     reads: int
     dropped: bool
     target: Target
+    over_peer: Target | None
+    goal: str
 
-    @property
-    def what(self) -> str:
-        how = f"{self.reads:,} random reads of {self.read_bytes // KIB} KiB" if self.reads else "in order"
+    def what(self, reads: int) -> str:
+        how = f"{reads:,} random reads of {self.read_bytes // KIB} KiB" if reads else "in order"
         return f"a cached large file, {how}, page cache {'dropped' if self.dropped else 'warm'}"
 
 
+def _least(ratio: float) -> Target:
+    return Target(at_least=ratio)
+
+
+_DROPPED = "page cache dropped, from the NVMe tier"
+_WARM = "in the page cache"
 WORKS = (
-    Work("large-sequential", MIB, 0, False, Target(at_least=0.9)),
-    Work("large-random-4k", 4 * KIB, 200_000, False, Target(at_least=0.9)),
-    Work("large-random-128k", 128 * KIB, 20_000, False, Target(at_least=0.9)),
-    Work("large-sequential-dropped", MIB, 0, True, Target(at_least=0.9)),
-    Work("large-random-4k-dropped", 4 * KIB, 8000, True, Target(at_least=0.8)),
-    Work("large-random-128k-dropped", 128 * KIB, 4000, True, Target(at_least=0.9)),
+    Work("sequential", MIB, 0, False, _least(0.9), _least(1.2), "warm sequential 1 GiB"),
+    Work("random-4k", 4 * KIB, 200_000, False, _least(0.9), _least(1), f"random 4 KB, {_WARM}"),
+    Work("random-128k", 128 * KIB, 20_000, False, _least(0.9), _least(1), f"random 128 KB, {_WARM}"),
+    Work("sequential-dropped", MIB, 0, True, _least(0.9), None, ""),
+    Work(
+        "random-128k-dropped", 128 * KIB, 4000, True, _least(0.9), _least(1.2), f"random 128 KB, {_DROPPED}"
+    ),
+    Work("random-4k-dropped", 4 * KIB, 8000, True, _least(0.8), _least(1.5), f"random 4 KB, {_DROPPED}"),
 )
 
 
@@ -54,47 +64,42 @@ def measure(settings: Settings) -> list[Figure]:
         progress(f"{NAME}: making an object of {size_bytes / MIB:,.0f} MiB, twice")
         lakes.fill(endpoint, {KEY: size_bytes})
         lakes.write_tree(path / "plain", {KEY: size_bytes})
-        with settings.mounted(endpoint, ["--dram=0"]) as mount:
-            sides = mount.directory / KEY, path / "plain" / KEY
-            for side in sides:
-                readers.timed(readers.prepare_files, [[str(side)]], size_bytes)
-            chosen = {name: mount.status()["features"][name]["on"] for name in ("no_open", "passthrough")}
+        need = Need(NAME, endpoint, endpoint, path / "plain", 2 * size_bytes + 256 * MIB)
+        with standing(settings, need) as sides:
+            for_each(
+                settings,
+                f"{NAME}: first read",
+                sides,
+                lambda side: readers.timed(readers.prepare_files, [[str(side.directory / KEY)]], size_bytes),
+            )
+            ours = sides[0]
+            assert isinstance(ours, SluiceSide)
+            shown = ours.mounted.status()["features"]
+            chosen = {name: shown[name]["on"] for name in ("no_open", "passthrough")}
             return [_figure(settings, work, sides, size_bytes, chosen) for work in WORKS]
 
 
 def _figure(
-    settings: Settings, work: Work, sides: tuple[Path, Path], size_bytes: int, chosen: dict[str, bool]
+    settings: Settings, work: Work, sides: list[Side], size_bytes: int, chosen: dict[str, bool]
 ) -> Figure:
     reads = settings.scaled(work.reads) if work.reads else 0
+    payload_bytes = reads * work.read_bytes or size_bytes
 
-    def rate(side: Path, seed: int) -> float:
-        """Return MiB per second."""
+    def prepare(side: Side, _: int) -> None:
+        readers.read_file(str(side.directory / KEY))
         if work.dropped:
             drop_page_cache()
-        else:
-            readers.read_file(str(side))
-        if not reads:
-            return size_bytes / MIB / readers.timed(readers.prepare_files, [[str(side)]], size_bytes)
-        share = (str(side), size_bytes, work.read_bytes, reads, seed)
-        expected_bytes = reads * work.read_bytes
-        return expected_bytes / MIB / readers.timed(prepare_random, [share], expected_bytes)
 
-    ours, baseline = alternate(
-        lambda number: rate(sides[0], number),
-        lambda number: rate(sides[1], number),
-        settings.rounds,
-        work.name,
-    )
-    return Figure(
-        name=work.name,
-        what=work.what,
-        unit="MiB/s",
-        ours=ours,
-        target=work.target,
-        baseline_name="the same file on the file system of the cache",
-        baseline=baseline,
-        notes={"features": chosen},
-    )
+    def read_s(side: Side, number: int) -> float:
+        file = str(side.directory / KEY)
+        if not reads:
+            return readers.timed(readers.prepare_files, [[file]], size_bytes)
+        share = (file, size_bytes, work.read_bytes, reads, number)
+        return readers.timed(prepare_random, [share], payload_bytes)
+
+    task = Task(f"large-{work.name}", work.what(reads), "MiB/s", payload_bytes / MIB, payload_bytes)
+    outcome = contest(settings, task, sides, read_s, prepare)
+    return outcome.figure(work.target, work.over_peer, goal=work.goal, notes={"features": chosen})
 
 
 def prepare_random(share: tuple[str, int, int, int, int]) -> Callable[[], int]:

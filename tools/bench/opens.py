@@ -1,14 +1,18 @@
 """Shuffled small files, all cached: with no request for an open, and with opens, by readers and workers.
 
 `warm-epochs` has two readers and the mount's own choice; here both ways of opening are measured, each
-with one reader and with four, against the same files on ext4; and two workers against one.
+with one reader and with four, against the same files on ext4 and in peers; and two workers against one.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
+from cache.model import MIB
 from tools.bench import lakes, readers
+from tools.bench.contest import Outcome, Side, Task, contest, for_each
+from tools.bench.field import Need, SluiceSide, sluice_side, standing
 from tools.bench.figures import Figure, Target, alternate, progress
 from tools.bench.settings import Settings, drop_page_cache
 from tools.mounted import Mounted
@@ -18,6 +22,10 @@ FILES = 10_000
 FILE_BYTES = 110_000
 FOLDER_FILES = 1000
 NO_OPEN, WITH_OPENS = "--profile=dataset", "--profile=checkpoint"
+OPENED = "sluice, with opens"
+PLAIN_ROUNDS = ((1, False, 0.8, 10), (4, False, 0.8, 10), (4, True, 0.6, 3))
+OPENED_OVER_NATIVE = {1: 0.15, 4: 0.2}
+OPENED_OVER_PEER = 3
 
 
 def measure(settings: Settings) -> list[Figure]:
@@ -27,82 +35,119 @@ def measure(settings: Settings) -> list[Figure]:
         progress(f"{NAME}: making {len(keys):,} files of {FILE_BYTES:,} bytes, twice")
         lakes.fill(endpoint, objects)
         lakes.write_tree(path / "plain", objects)
-        plain, figures = path / "plain", []
-        with settings.mounted(endpoint, ["--dram=0", NO_OPEN]) as mount:
-            for processes, dropped, least in ((1, False, 0.8), (4, False, 0.8), (4, True, 0.6)):
-                target = Target(at_least=least)
-                figures.append(
-                    _over_plain(settings, mount, plain, keys, "no-open", processes, dropped, target)
-                )
-        with settings.mounted(endpoint, ["--dram=0", WITH_OPENS]) as mount:
-            for processes, least in ((1, 0.15), (4, 0.2)):
-                target = Target(at_least=least)
-                figures.append(_over_plain(settings, mount, plain, keys, "opened", processes, False, target))
+        need = Need(NAME, endpoint, endpoint, path / "plain", 2 * len(keys) * FILE_BYTES + 256 * MIB)
+        figures = _over_others(settings, need, keys)
         options = ["--dram=0", WITH_OPENS]
         with (
             settings.mounted(endpoint, [*options, "--workers=2"]) as two,
             settings.mounted(endpoint, [*options, "--workers=1"]) as one,
         ):
-            figures.append(_two_workers(settings, two, one, keys))
+            return [*figures, _two_workers(settings, two, one, keys)]
+
+
+def epoch_s(directory: Path, keys: list[str], processes: int, seed: int) -> float:
+    """Return the seconds of one epoch, in an order of its own."""
+    shares = readers.shuffled_shares(lakes.paths_below(directory, keys), processes, seed)
+    return readers.timed(readers.prepare_files, shares, len(keys) * FILE_BYTES)
+
+
+def _over_others(settings: Settings, need: Need, keys: list[str]) -> list[Figure]:
+    figures: list[Figure] = []
+    with ExitStack() as stack:
+        sides = stack.enter_context(standing(settings, need, [NO_OPEN]))
+        opened = stack.enter_context(sluice_side(settings, need, [WITH_OPENS], OPENED))
+        sides.insert(1, opened)
+        for_each(
+            settings, f"{NAME}: first epoch", sides, lambda side: epoch_s(side.directory, keys, 1, seed=-1)
+        )
+        for processes, dropped, least, over_peer in PLAIN_ROUNDS:
+            targets = Target(at_least=least), Target(at_least=over_peer)
+            figures += _contest(settings, sides, keys, processes, dropped, targets)
     return figures
 
 
-def epoch(side: Path, keys: list[str], processes: int, seed: int) -> float:
-    """Return files per second of one epoch, in an order of its own."""
-    shares = readers.shuffled_shares(lakes.paths_below(side, keys), processes, seed)
-    return len(keys) / readers.timed(readers.prepare_files, shares, len(keys) * FILE_BYTES)
-
-
-def _over_plain(
+def _contest(
     settings: Settings,
-    mount: Mounted,
-    plain: Path,
+    sides: list[Side],
     keys: list[str],
-    how: str,
     processes: int,
     dropped: bool,
-    target: Target,
-) -> Figure:
-    def measured(side: Path, seed: int) -> float:
+    targets: tuple[Target, Target],
+) -> list[Figure]:
+    ending = f"{processes}-readers" + ("-dropped" if dropped else "")
+    readers_text = "1 reader" if processes == 1 else f"{processes} readers"
+    how = "page cache dropped" if dropped else "page cache warm"
+    what = f"shuffled epochs of {len(keys):,} files of {FILE_BYTES:,} bytes, {readers_text}, {how}"
+    task = Task(f"epochs-{ending}", what, "files/s", len(keys), len(keys) * FILE_BYTES)
+
+    def prepare(side: Side, number: int) -> None:
         if dropped:
             drop_page_cache()
-        return epoch(side, keys, processes, seed)
 
-    name = f"{how}-{processes}-readers" + ("-dropped" if dropped else "")
-    for side in (mount.directory, plain):
-        epoch(side, keys, processes, seed=-1)
-    before = mount.status()["reads"]["requests"]
-    ours, baseline = alternate(
-        lambda number: measured(mount.directory, number),
-        lambda number: measured(plain, number),
-        settings.rounds,
-        name,
+    before = [_requests(side) for side in sides[:2]]
+    outcome = contest(
+        settings, task, sides, lambda side, number: epoch_s(side.directory, keys, processes, number), prepare
     )
-    after = mount.status()["reads"]["requests"]
-    return Figure(
-        name=name,
-        what=f"shuffled epochs of {len(keys):,} files of {FILE_BYTES:,} bytes, {processes} processes,"
-        f" {how}, page cache {'dropped' if dropped else 'warm'}",
-        unit="files/s",
-        ours=ours,
-        target=target,
-        baseline_name="the same files on the file system of the cache",
-        baseline=baseline,
-        notes={
-            f"{kind} a file": round((after[kind] - before[kind]) / len(keys) / settings.rounds, 3)
-            for kind in ("requests", "opens", "reads")
-        },
+    after = [_requests(side) for side in sides[:2]]
+    reads = len(keys) * settings.rounds
+    notes = [
+        {f"{kind} a file": round((late[kind] - early[kind]) / reads, 3) for kind in early}
+        for early, late in zip(before, after, strict=True)
+    ]
+    return _figures(outcome, ending, processes, dropped, targets, notes)
+
+
+def _figures(
+    outcome: Outcome,
+    ending: str,
+    processes: int,
+    dropped: bool,
+    targets: tuple[Target, Target],
+    notes: list[dict[str, float]],
+) -> list[Figure]:
+    goal = "shuffled 110 KB files, page cache dropped, from the NVMe tier"
+    readers_text = "1 reader" if processes == 1 else f"{processes} readers"
+    if not dropped:
+        goal = f"warm shuffled 110 KB files, no-open, {readers_text}"
+    no_open = outcome.figure(
+        *targets, name=f"no-open-{ending}", what=f"{outcome.task.what}, no-open", goal=goal, notes=notes[0]
     )
+    if dropped:
+        return [no_open]
+    opened = outcome.figure(
+        Target(at_least=OPENED_OVER_NATIVE[processes]),
+        Target(at_least=OPENED_OVER_PEER),
+        ours=OPENED,
+        name=f"opened-{ending}",
+        what=f"{outcome.task.what}, with opens",
+        goal=f"the same with opens, {readers_text}",
+        notes=notes[1],
+    )
+    requests = Figure(
+        name=f"no-open-{ending}-requests",
+        what="FUSE requests for each of these reads",
+        unit="requests/file",
+        ours=[notes[0]["requests a file"]],
+        target=Target(at_most=0.001),
+        goal=f"FUSE requests per warm no-open read, {readers_text}",
+    )
+    return [no_open, opened, requests]
+
+
+def _requests(side: Side) -> dict[str, int]:
+    assert isinstance(side, SluiceSide)
+    counted = side.mounted.status()["reads"]["requests"]
+    return {kind: counted[kind] for kind in ("requests", "opens", "reads")}
 
 
 def _two_workers(settings: Settings, two: Mounted, one: Mounted, keys: list[str]) -> Figure:
+    def rate(mount: Mounted, number: int) -> float:
+        return len(keys) / epoch_s(mount.directory, keys, 4, number)
+
     for mount in (two, one):
-        epoch(mount.directory, keys, 4, seed=-1)
+        rate(mount, -1)
     ours, baseline = alternate(
-        lambda number: epoch(two.directory, keys, 4, number),
-        lambda number: epoch(one.directory, keys, 4, number),
-        settings.rounds,
-        "two-workers",
+        lambda number: rate(two, number), lambda number: rate(one, number), settings.rounds, "two-workers"
     )
     return Figure(
         name="two-workers",
@@ -112,4 +157,5 @@ def _two_workers(settings: Settings, two: Mounted, one: Mounted, keys: list[str]
         target=Target(at_least=1.4),
         baseline_name="one worker",
         baseline=baseline,
+        goal="2 workers over 1, opens per second, 4 readers",
     )

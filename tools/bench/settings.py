@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.bench.figures import MeasurementFailed
+from tools.bench.figures import MeasurementFailed, progress
 from tools.bench.lakes import BUCKET, Endpoint
 from tools.mounted import Mounted
 
@@ -21,7 +21,18 @@ class Settings:
     scale: float = 1.0  # Factor for counts and sizes; the figures are defined for 1.
     rounds: int = 5
     mount_options: Sequence[str] = ()  # Given to every `sluice mount`.
+    peers: Sequence[str] = ()  # Those of tools.bench.peers to measure, too.
+    programs: Path | None = None  # The directory with the peers' programs.
+    complaints: list[str] = field(default_factory=list)  # What could not be measured, a line each.
+    commands: dict[str, str] = field(default_factory=dict)  # How each side was mounted, for the report.
     _serial: Iterator[int] = field(default_factory=itertools.count)
+
+    def complain(self, text: str) -> None:
+        """Note that something could not be measured. The same is noted once."""
+        line = " ".join(text.split())
+        if line not in self.complaints:
+            self.complaints.append(line)
+            progress(line)
 
     def scaled(self, count: int, least: int = 1) -> int:
         return max(least, round(count * self.scale))

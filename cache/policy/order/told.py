@@ -8,6 +8,7 @@ first line may say more, as a JSON object or as words: sampler=torch seed=0 worl
 from __future__ import annotations
 
 import json
+import os
 import re
 from array import array
 from collections import Counter
@@ -22,7 +23,19 @@ LINES_MAX = 10_000_000
 LINE_BYTES_MAX = 4096  # PATH_MAX of Linux.
 WORLD_MAX = 65536
 _SEED_MAX = 2**64
-_KEYS = ("sampler", "seed", "epoch", "advance", "listing", "world", "ranks", "drop_last", "count", "lines")
+_KEYS = (
+    "sampler",
+    "seed",
+    "epoch",
+    "advance",
+    "listing",
+    "world",
+    "ranks",
+    "drop_last",
+    "count",
+    "lines",
+    "directory",
+)
 _WORD = re.compile(rb"(%s)=(\S*)" % "|".join(_KEYS).encode())
 _RUBBISH = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 
@@ -50,6 +63,11 @@ class Hint:
     sampler: ToldSampler | None = None
     count: int | None = None  # Of the files, as the hint says.
     useless: Counter[str] = field(default_factory=Counter)
+    directory: bytes | None = None  # What relative paths, numbers and samplers are about, if it says so.
+    first_useless: dict[str, int] = field(default_factory=dict)  # Reason -> number of the first such line.
+
+    def examples(self) -> list[str]:
+        return [f"line {number}" for number in self.first_useless.values()]
 
     def __len__(self) -> int:
         return len(self.paths) or len(self.indices)
@@ -60,13 +78,17 @@ def parse(text: bytes) -> Hint:
     first, _, rest = text.partition(b"\n")
     head = _read_head(first.strip())
     hint = Hint() if head is None else Hint(sampler=_read_sampler(head), count=_integer(head, "count"))
+    if head is not None and "directory" in head:
+        hint.directory = os.fsencode(str(head["directory"]))
     if hint.sampler is not None and rest.strip():
         raise UsageError("a sampler and lines; give the one or the other")
     if hint.sampler is None:
-        _read_lines(hint, text if head is None else rest, str((head or {}).get("lines", "")))
+        kind = str((head or {}).get("lines", ""))
+        _read_lines(hint, text if head is None else rest, kind, 1 if head is None else 2)
         if not len(hint):
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in hint.useless.items())
-            raise UsageError(f"no line names a file ({reasons or 'there are none'})")
+            at = f", the first is {hint.examples()[0]}" if hint.examples() else ""
+            raise UsageError(f"no line names a file ({reasons or 'there are none'}){at}")
     return hint
 
 
@@ -134,10 +156,11 @@ def _integer(head: dict[str, Any], key: str) -> int | None:
     return number
 
 
-def _read_lines(hint: Hint, text: bytes, kind: str) -> None:
+def _read_lines(hint: Hint, text: bytes, kind: str, first: int) -> None:
+    """*first*: the number of the first line of *text*."""
     if kind not in ("", "paths", "indices"):
         raise UsageError(f"lines={kind}: must be paths or indices")
-    lines = _usable_lines(hint, text)
+    lines = _usable_lines(hint, text, first)
     numbers = [line for line in lines if line.isdigit() and len(line) < 16]
     if kind == "indices" or (not kind and len(numbers) > len(lines) // 2):
         hint.useless["no numbers"] += len(lines) - len(numbers)
@@ -147,18 +170,23 @@ def _read_lines(hint: Hint, text: bytes, kind: str) -> None:
     hint.useless = +hint.useless
 
 
-def _usable_lines(hint: Hint, text: bytes) -> list[bytes]:
+def _usable_lines(hint: Hint, text: bytes, first: int) -> list[bytes]:
     """Return the lines that can be paths or numbers, each once, and count the others."""
     seen: dict[bytes, None] = {}
-    for line in text.split(b"\n", LINES_MAX)[:LINES_MAX]:
+    for number, line in enumerate(text.split(b"\n", LINES_MAX)[:LINES_MAX], first):
         line = line.rstrip(b"\r")
         if not line.strip():
             continue
         if len(line) > LINE_BYTES_MAX or _RUBBISH.search(line):
-            hint.useless["are no text"] += 1
+            _leave_out(hint, "are no text", number)
         elif line in seen:
-            hint.useless["are there twice"] += 1
+            _leave_out(hint, "are there twice", number)
         else:
             seen[line] = None
     hint.useless[f"beyond the first {LINES_MAX:,}"] = max(0, text.count(b"\n") + 1 - LINES_MAX - 1)
     return list(seen)
+
+
+def _leave_out(hint: Hint, reason: str, number: int) -> None:
+    hint.useless[reason] += 1
+    hint.first_useless.setdefault(reason, number)

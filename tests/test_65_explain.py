@@ -1,0 +1,96 @@
+"""`sluice ls` and `status` say what leaves next and why, and how the reading goes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.mounting import MIB, Folder, LiveMount, Mounting, content, sluice, until
+
+
+def listed(mount: LiveMount, path: str = "") -> dict[str, dict[str, Any]]:
+    done = sluice("ls", "--recursive", mount.directory / path, "--json")
+    assert done.returncode == 0, done.stderr
+    entries = json.loads(done.stdout)["entries"]
+    return {str(Path(entry["path"]).relative_to(mount.directory)): entry for entry in entries}
+
+
+def test_ls_says_what_leaves_next_and_why(mounting: Mounting, folder: Folder) -> None:
+    for number in range(40):
+        folder.put(f"set/{number:02d}", content(10_000, number))
+    mount = mounting.mount(folder.url, "--read-ahead=none")
+    assert sluice("warm", mount.directory / "set/00", mount.directory / "set/01").returncode == 0
+    for number in range(2, 40):
+        mount.read(f"set/{number:02d}")
+    assert sluice("pin", mount.directory / "set/05").returncode == 0
+    entries = listed(mount)
+    assert entries["set/00"]["leaves"] == "not yet used in this epoch"
+    assert (entries["set/05"]["leaves"], entries["set/05"]["pinned"]) == ("pinned", True)
+    assert entries["set/05"]["victim_rank"] is None
+    used = [entry for entry in entries.values() if entry["leaves"] == "used in this epoch"]
+    first = min(
+        entries.values(),
+        key=lambda entry: float("inf") if entry["victim_rank"] is None else entry["victim_rank"],
+    )
+    assert first in used and first["victim_rank"] == 0
+    text = sluice("ls", mount.directory / "set").stdout
+    assert "#0: used in this epoch" in text and "stays: pinned" in text
+
+
+def test_ls_tells_the_reason_of_each_policy(mounting: Mounting, folder: Folder) -> None:
+    folder.put("a", content(10_000))
+    mount = mounting.mount(folder.url, "--policy=lru")
+    mount.read("a")
+    assert listed(mount)["a"]["leaves"] == "least recently used first"
+
+
+def test_ls_says_what_is_open_in_passthrough(mounting: Mounting, folder: Folder) -> None:
+    folder.put("shard", content(4 * MIB))
+    mount = mounting.mount(folder.url, "--profile=checkpoint")
+    if not mount.status()["features"]["passthrough"]["on"]:
+        return
+    with (mount.directory / "shard").open("rb") as file:
+        assert file.read() == content(4 * MIB)
+        assert listed(mount)["shard"]["leaves"] == "open in passthrough"
+    until(lambda: listed(mount)["shard"]["leaves"] != "open in passthrough", "it is closed")
+
+
+def test_ls_says_what_the_lake_has_not(mounting: Mounting, folder: Folder) -> None:
+    mount = mounting.mount(folder.url, "--no-read-only", "--upload-delay=60", "--upload-open-delay=60")
+    with (mount.directory / "a").open("wb") as file:
+        file.write(b"a")
+        file.flush()
+        assert listed(mount)["a"]["dirty"] == "being written"
+    until(lambda: listed(mount)["a"]["dirty"] == "waits for its upload", "it is closed")
+    assert sluice("sync", mount.directory).returncode == 0
+    assert listed(mount)["a"]["dirty"] is None
+
+
+def test_status_tells_hits_and_waits_by_set(mounting: Mounting, folder: Folder) -> None:
+    for number in range(100):
+        folder.put(f"set/{number:03d}", content(10_000, number))
+    mount = mounting.mount(folder.url, "--profile=checkpoint", "--dram=64M")
+    order = [number * 37 % 100 for number in range(100)]
+
+    def shown_after_a_pass() -> dict[str, Any] | None:
+        for number in order:
+            mount.read(f"set/{number:03d}")
+        sets = mount.status()["sets"]
+        return sets[0] if sets and sets[0]["uses"] > 20 and sets[0]["hit_rate"] == 1.0 else None
+
+    shown = until(shown_after_a_pass, "an epoch of hits only")
+    assert shown is not None and shown["waited_s"] == 0.0
+    reads = mount.reads()
+    assert 0 < reads["hit_rate"] < 1 and reads["waits"] > 0
+    text = " ".join(sluice("status", mount.directory).stdout.replace("│", " ").split())  # It is folded.
+    assert "100.0% hits in this epoch, readers waited 0.0 s" in text and "% hits; " in text
+
+
+def test_status_names_pins(mounting: Mounting, folder: Folder) -> None:
+    folder.put("keep/a", content(10_000))
+    mount = mounting.mount(folder.url)
+    assert sluice("pin", mount.directory / "keep").returncode == 0
+    assert "keep: 16.0 KiB of the disks" in sluice("status", mount.directory).stdout
+    assert os.listdir(mount.directory / "keep") == ["a"]

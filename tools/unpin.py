@@ -1,0 +1,5 @@
+"""`sluice unpin`: see `tools/pin.py`."""
+
+from tools.pin import unpin as main
+
+__all__ = ["main"]
