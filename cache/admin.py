@@ -13,9 +13,9 @@ from cache import traffic
 from cache.counters import Features
 from cache.errors import SluiceError, UsageError
 from cache.keep_admin import KeepAdmin
-from cache.keeping import checked_evictable
 from cache.model import Inode
 from cache.mover import Mover
+from cache.pinning import checked_evictable
 from cache.policy.eviction import PINNED
 from cache.recorder import Recorder
 from cache.records import Node, VersionRow

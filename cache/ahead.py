@@ -8,21 +8,25 @@ room for. Whatever goes wrong in here costs speed and never a read.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
 
 from cache import traffic
 from cache.errors import CacheFull, LakeUnavailable, SluiceError
-from cache.fetcher import Fetcher
+from cache.fetcher import Fetcher, Started
 from cache.index import Index
+from cache.keeping import Keeping, Kept
 from cache.lake_io import LakeIO
 from cache.model import SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
+from cache.policy.due import Next
 from cache.policy.hands import Hands
 from cache.policy.ledger import Account
 from cache.policy.parallel import Parallelism
@@ -45,8 +49,14 @@ _RELEASE_S = 300.0  # and what it still needed is given up where another one nee
 _STRANGE_ACCESSES_MAX = 1024
 _STRANGERS_MAX = 8  # Used files that are no members, before a set is surveyed again,
 _SURVEY_EVERY_S = 10.0  # but no more often than this.
+_TOLD_LATE_S = 0.25  # A hit is told of so late (see Filesystem), and read-ahead learns of it then.
+_QUEUED_SHARE = 8  # For so many fetches at the lake, one waits for a thread.
+_LEAD_WEIGHT = 0.125  # Of each fetch, in what is known of how long they take.
 _CHUNK = 200  # Members looked at in one go: about two milliseconds.
 _SAMPLE = 1000  # Members looked at for the cached shares that are shown, of all sets.
+
+
+Done = Callable[[SluiceError | None], None]
 
 
 @dataclass(eq=False)
@@ -63,6 +73,7 @@ class Followed:
     surveyed_at_s: float = 0.0
     has_no_room: bool = False
     waits_for_use: bool = False  # A fetch failed: none is tried before somebody reads of the set again.
+    kept: Kept = field(default_factory=Kept)
     hands: Hands = field(default_factory=Hands)  # Large members.
     large_under_way: int = 0
     # Of this epoch: uses that were seen, how many of them waited for bytes, and how long in all.
@@ -96,6 +107,7 @@ class SetReadAhead:
         self._residency = residency
         self._fetcher = fetcher
         self._survey = survey
+        self._keeping = Keeping(index, residency)
         self._make_upcoming = make_upcoming
         self._clock = clock
         self._recogniser = Recogniser()
@@ -107,6 +119,7 @@ class SetReadAhead:
         self._access: OrderedDict[Inode, Access] = OrderedDict()  # Of large files that belong to no set yet.
         self._surveying: set[Candidate] = set()
         self._under_way = 0
+        self._fetch_s = 0.0  # How long fetches take, on average.
         self._retries_seen = lake.retries
         self._wake = trio.Event()
         self._is_broken = False
@@ -174,6 +187,8 @@ class SetReadAhead:
                 followed.uses += 1
                 self._note_access(followed, inode, now_s, access)
                 followed.is_released = followed.waits_for_use = False
+                self._keeping.used(followed.samples, followed.kept, place)
+                self._follow_order(followed)
                 self._wake.set()
                 return
         if access is not None:
@@ -289,6 +304,7 @@ class SetReadAhead:
             followed.surveyed_at_s = self._clock()
             old.strangers = 0
         if members is not None and members.inodes != old.members.inodes:
+            followed.kept = Kept()  # Of the old places.
             followed.samples = old.succeeded_by(members, self._make_upcoming(members), old.last_used_s)
             self._start_looking_over(followed)
 
@@ -333,22 +349,10 @@ class SetReadAhead:
                     return
             if samples.is_used(place):
                 continue
-            vid = self._resident(inode)
+            vid = self._keeping.resident(inode)
             if vid is not None:
                 samples.found_resident(place)
-                self._residency.expect(vid, expected=True)
-
-    def _resident(self, inode: int) -> bytes | None:
-        """Return the version id of a file that is cached whole."""
-        node = self._index.node(inode)
-        return node.vid if node is not None and node.vid and self._is_cached(node) else None
-
-    def _is_cached(self, node: Node) -> bool:
-        """Return whether nothing has to be fetched: it is cached whole, or no object of the lake (yet)."""
-        if not node.vid or node.staged:
-            return True
-        row = self._index.version(node.vid)
-        return row is not None and row.whole
+                self._keeping.expect(samples, place, vid)
 
     async def _release(self, followed: Followed) -> None:
         """Give up what an idle set still needed: another one wants the room."""
@@ -359,8 +363,17 @@ class SetReadAhead:
                     return  # It is in use again.
             node = self._index.node(inode)
             if node is not None and node.vid:
-                self._residency.expect(node.vid, expected=False)
+                self._residency.release(node.vid)
         followed.is_looked_over, followed.evicted_bytes_seen = True, -1  # Its next epoch looks again.
+        self._wake.set()
+
+    def _follow_order(self, followed: Followed) -> None:
+        """Once something else is known of the order, tell what is resident when it will be used."""
+        if followed.samples.epoch and self._keeping.has_news(followed.samples, followed.kept):
+            self._nursery.start_soon(self._guarded, self._replan, followed)
+
+    async def _replan(self, followed: Followed) -> None:
+        await self._keeping.replan(followed.samples, followed.kept, lambda: not self._is_broken)
         self._wake.set()
 
     # Fetching
@@ -390,12 +403,17 @@ class SetReadAhead:
 
     @property
     def _limit(self) -> int:
-        """While the lake fails, one fetch tries whether it is back."""
-        return 1 if self._lake.failing_since_s is not None else self._parallelism.limit
+        """While the lake fails, one fetch tries whether it is back.
+
+        A few more than are to be at the lake: results come in batches, and no thread is to wait for ours.
+        """
+        if self._lake.failing_since_s is not None:
+            return 1
+        return self._parallelism.limit + self._parallelism.limit // _QUEUED_SHARE
 
     def _note_retries(self) -> None:
-        if self._lake.retries != self._retries_seen:
-            self._retries_seen = self._lake.retries
+        retries, self._retries_seen = self._retries_seen, self._lake.retries
+        if retries != self._retries_seen:
             self._parallelism.slowed(trio.current_time())
 
     def _take(self) -> tuple[Followed, int] | None:
@@ -409,12 +427,19 @@ class SetReadAhead:
         return None
 
     def _may_fetch(self, followed: Followed, now_s: float) -> bool:
-        if not followed.is_looked_over or followed.is_looking or followed.account.is_wasteful:
+        is_known = followed.samples.upcoming.is_known
+        if (not followed.is_looked_over or followed.is_looking) and not is_known:
+            return False  # With the order known, few are fetched at a time, and these looked at.
+        if followed.waits_for_use or followed.account.is_wasteful:
             return False
-        if followed.waits_for_use or followed.large_under_way:
+        if followed.large_under_way:
             return False  # One large member at a time: it takes several requests at once itself.
+        if not self._keeping.may_go_further(followed.samples):
+            return False
         if now_s - followed.samples.last_used_s > _IDLE_S:
             return False
+        if is_known:  # What there is room for depends on when it is due.
+            return True
         followed.has_no_room = not self._residency.may_read_ahead(followed.samples.members.mean_bytes)
         if followed.has_no_room:
             self._release_idle(now_s)
@@ -430,18 +455,25 @@ class SetReadAhead:
         """Start the fetch of a member. Few look-ups: each waits for the lake threads to let go of the GIL."""
         samples, inode = followed.samples, followed.samples.members.inodes[place]
         node = self._index.node(inode)
-        if node is None or self._is_cached(node):
-            samples.need_not(place)
-            return
-        if not self._residency.may_read_ahead(node.size_bytes):
+        if node is None or not node.vid or node.staged:
+            return samples.need_not(place)
+        next = Next(samples.upcoming.due(place))
+        if not self._residency.may_read_ahead(node.size_bytes, next.due):
             samples.put_back(place)
             followed.has_no_room = followed.waits_for_use = True
+            self._release_idle(self._clock())
             return
+        followed.has_no_room = False
         version = ObjectVersion(self._key_of(node), node.etag, node.size_bytes, node.vid)
+        done = partial(self._fetched, followed, samples, place, version, trio.current_time())
+        started = self._fetcher.fetch_ahead_nowait(version, next, done)
+        if started is Started.RESIDENT:
+            return samples.need_not(place)
         self._under_way += 1
         followed.large_under_way += samples.large
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
-        self._nursery.start_soon(self._fetch, followed, place, version)
+        if started is Started.MUST_WAIT:
+            self._nursery.start_soon(self._fetch, version, next, done)
 
     def _key_of(self, node: Node) -> str:
         """Return the file's key. That of its directory may be old: then the lake has no such object."""
@@ -455,25 +487,54 @@ class SetReadAhead:
             folder = self._folders[node.parent] = f"{path}/" if path else ""
         return folder + os.fsdecode(node.name)
 
-    async def _fetch(self, followed: Followed, place: int, version: ObjectVersion) -> None:
-        samples = followed.samples
+    async def _fetch(self, version: ObjectVersion, next: Next, done: Done) -> None:
+        failure: SluiceError | None = SluiceError("the mover is stopping")
         try:
-            await self._fetcher.fetch_ahead(version)
-            if not samples.large:
-                self._parallelism.landed(version.size_bytes, trio.current_time())
-            elif samples.status[place] == AHEAD:  # Else a reader has come already.
-                self._residency.expect(version.id, expected=True)
+            await self._fetcher.fetch_ahead(version, next)
+            failure = None
         except SluiceError as error:
-            self._residency.ledger.not_fetched(version.id)
-            if isinstance(error, CacheFull | LakeUnavailable):
-                samples.put_back(place)
-                followed.waits_for_use = True
-            else:
-                samples.need_not(place)  # Who reads it gets the error, if it still holds then.
+            failure = error
         finally:
-            self._under_way -= 1
-            followed.large_under_way -= samples.large
-            self._wake.set()
+            done(failure)
+
+    def _fetched(
+        self,
+        followed: Followed,
+        samples: SampleSet,
+        place: int,
+        version: ObjectVersion,
+        began_s: float,
+        error: SluiceError | None,
+    ) -> None:
+        """A member is resident, or could not be fetched. The set may have grown into another one since."""
+        now_s = trio.current_time()
+        self._under_way -= 1
+        followed.large_under_way -= samples.large
+        self._wake.set()
+        if error is None and samples.large:
+            return self._large_fetched(samples, place, version)
+        if error is None:
+            self._parallelism.landed(version.size_bytes, now_s)
+            return self._note_lead(samples, now_s - began_s)
+        self._residency.ledger.not_fetched(version.id)
+        if isinstance(error, CacheFull | LakeUnavailable):
+            samples.put_back(place)
+            followed.waits_for_use = True
+        else:
+            samples.need_not(place)  # Who reads it gets the error, if it still holds then.
+
+    def _large_fetched(self, samples: SampleSet, place: int, version: ObjectVersion) -> None:
+        if samples.status[place] == AHEAD:  # Else a reader has come already.
+            self._residency.expect(version.id, Next(samples.upcoming.due(place)))
+
+    def _note_lead(self, samples: SampleSet, took_s: float) -> None:
+        """Keep an average of how long before its use a member has to be asked for.
+
+        Where all of the set may be cached, the sooner the better.
+        """
+        self._fetch_s += _LEAD_WEIGHT * (took_s - self._fetch_s) if self._fetch_s else took_s
+        fits = self._keeping.fits(samples)
+        samples.upcoming.lead_s = math.inf if fits else self._fetch_s + _TOLD_LATE_S
 
     # What is shown
 
@@ -528,4 +589,4 @@ class SetReadAhead:
     def _cached_share(self, members: Members) -> float:
         """Return the share of the members that are cached whole; of many, by a sample."""
         sample = members.inodes[:: max(1, len(members) * len(self._sets) // _SAMPLE)]
-        return sum(self._resident(inode) is not None for inode in sample) / len(sample)
+        return sum(self._keeping.resident(inode) is not None for inode in sample) / len(sample)

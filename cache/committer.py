@@ -18,13 +18,24 @@ Change = Callable[[IndexWriter], T]
 
 
 class _Waiter(Generic[T]):
-    __slots__ = ("change", "done", "error", "result")
+    __slots__ = ("change", "done", "error", "result", "then")
 
-    def __init__(self, change: Change[T]) -> None:
+    def __init__(self, change: Change[T], then: Callable[[SluiceError | None], None] | None = None) -> None:
         self.change = change
-        self.done = trio.Event()
+        self.done: trio.Event | None = None
+        self.then = then
         self.result: T | None = None
         self.error: SluiceError | None = None
+
+    def tell(self) -> None:
+        """Tell whoever waits that the transaction is over."""
+        if self.done is not None:
+            self.done.set()
+        if self.then is not None:
+            try:
+                self.then(self.error)
+            except Exception:  # The others of the transaction wait, too.
+                log.exception("what follows a change of the index failed")
 
     def apply(self, writer: IndexWriter) -> None:
         """Carry out the change. What it refuses before its first write concerns nobody else."""
@@ -55,6 +66,7 @@ class Committer:
         that was queued is applied even if the caller is cancelled while it waits.
         """
         waiter = _Waiter(change)
+        waiter.done = trio.Event()
         self._pending.append(waiter)
         self._wake.set()
         await waiter.done.wait()
@@ -76,6 +88,11 @@ class Committer:
         self._pending.append(_Waiter(change))
         self._wake.set()
 
+    def commit_then(self, change: Change[object], then: Callable[[SluiceError | None], None]) -> None:
+        """Apply *change* with the next transaction; call *then* with what `commit` would raise, or None."""
+        self._pending.append(_Waiter(change, then))
+        self._wake.set()
+
     async def run(self) -> None:
         while True:
             await self._wake.wait()
@@ -92,7 +109,7 @@ class Committer:
         except Exception as failure:
             self._fail(waiters, failure)
         for waiter in waiters:
-            waiter.done.set()
+            waiter.tell()
 
     def _fail(self, waiters: list[_Waiter[Any]], failure: Exception) -> None:
         """Nothing of the transaction happened: tell all who wait, even those who were refused."""

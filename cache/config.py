@@ -71,7 +71,7 @@ class MountConfig:
     immutable: bool = False  # Objects never change: never revalidate.
     ttl_s: float = 60.0
     workers: int = 1  # 0: everything in one process.
-    policy: str = "epoch"  # Or "lru".
+    policy: str = "auto"  # Or "epoch", "lru".
     read_ahead: str = "set"  # Or "file" (only within large files), "none".
     profile: str = "auto"  # Or "dataset" (open(2) sends no request), "checkpoint" (it does).
     passthrough: str = "auto"  # On read-only mounts. Or "all"; or "off": Python answers every read.

@@ -2,33 +2,52 @@
 
 A thread hop for each request, as `trio.to_thread` makes it, costs half of the client library's
 rate; so a thread that ends its job goes on to the next one, and all results that have gathered
-wake the trio loop once.
+wake the trio loop once. Threads wait in a C queue: a Condition takes and drops the interpreter lock
+several times for each job.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import outcome
 import trio
 
+log = logging.getLogger(__name__)
+
+# Results that nobody waits for are handed over so often: at a thousand a second, a turn of trio's loop
+# for each would cost as much as all that is done with it.
+_GATHER_S = 0.003
+
 T = TypeVar("T")
+Then = Callable[[outcome.Outcome[Any]], None]
 
 
 class Job:
-    __slots__ = ("call", "result", "task")
+    """*task* waits for the result, or *then* is called with it."""
 
-    def __init__(self, call: Callable[[], object], task: trio.lowlevel.Task) -> None:
+    __slots__ = ("call", "result", "task", "then")
+
+    def __init__(
+        self, call: Callable[[], object], task: trio.lowlevel.Task | None, then: Then | None = None
+    ) -> None:
         self.call = call
-        self.task: trio.lowlevel.Task | None = task
+        self.task = task
+        self.then = then
         self.result: outcome.Outcome[Any] | None = None
 
 
 class Engine:
-    """Runs calls in *threads* threads, demand first; read-ahead leaves *reserved* of them free."""
+    """Runs calls in *threads* threads, demand first; read-ahead leaves *reserved* of them free.
+
+    Invariant: there are as many tokens as jobs that may be taken at once, or more; a thread that finds
+    no job for its token drops it. What ends the waiting of a job that may not be taken adds one.
+    """
 
     def __init__(self, name: str, threads: int, reserved: int = 0) -> None:
         assert 0 <= reserved < threads
@@ -36,8 +55,12 @@ class Engine:
         self._ahead: deque[Job] = deque()
         self._ahead_max = threads - reserved
         self._ahead_running = 0
-        self._changed = threading.Condition()
+        self._mutex = threading.Lock()
+        self._tokens: SimpleQueue[None] = SimpleQueue()
+        self._threads = threads
         self._finished: deque[Job] = deque()
+        self._gathered: deque[Job] = deque()
+        self._is_gathering = False
         self._stopped = False
         self._token = trio.lowlevel.current_trio_token()
         for i in range(threads):
@@ -50,12 +73,10 @@ class Engine:
         end and the result is dropped.
         """
         job = Job(call, trio.lowlevel.current_task())
-        with self._changed:
-            (self._demand if demand else self._ahead).append(job)
-            self._changed.notify()
+        self._add(job, demand)
 
         def abort(_: object) -> trio.lowlevel.Abort:
-            with self._changed:
+            with self._mutex:
                 job.task = None
                 for queue in (self._demand, self._ahead):
                     if job in queue:
@@ -65,41 +86,89 @@ class Engine:
         result: T = await trio.lowlevel.wait_task_rescheduled(abort)
         return result
 
+    def submit(self, call: Callable[[], object], then: Then, *, demand: bool = True) -> None:
+        """Have *call* run, and *then* called with its outcome on trio's thread. *then* must not raise."""
+        self._add(Job(call, None, then), demand)
+
+    def _add(self, job: Job, demand: bool) -> None:
+        with self._mutex:
+            (self._demand if demand else self._ahead).append(job)
+        self._tokens.put(None)
+
     def stop(self) -> None:
         """Let the threads end after the jobs that they are at. Does not wait for them."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stopped = True
+        for _ in range(self._threads):
+            self._tokens.put(None)
 
-    def _next_job(self) -> tuple[Job, bool] | None:
-        with self._changed:
-            while not self._stopped:
-                if self._demand:
-                    return self._demand.popleft(), False
-                if self._ahead and self._ahead_running < self._ahead_max:
-                    self._ahead_running += 1
-                    return self._ahead.popleft(), True
-                self._changed.wait()
+    def _take(self) -> tuple[Job, bool] | None:
+        """Return a job that may be run now, and whether nobody waits for it."""
+        with self._mutex:
+            if self._demand:
+                return self._demand.popleft(), False
+            if self._ahead and self._ahead_running < self._ahead_max:
+                self._ahead_running += 1
+                return self._ahead.popleft(), True
             return None
 
     def _work(self) -> None:
-        while (taken := self._next_job()) is not None:
-            job, is_ahead = taken
-            job.result = outcome.capture(job.call)
-            if is_ahead:
-                with self._changed:
-                    self._ahead_running -= 1
-                    self._changed.notify()
-            self._finished.append(job)
-            try:
-                self._token.run_sync_soon(self._hand_over, idempotent=True)
-            except trio.RunFinishedError:
+        while True:
+            self._tokens.get()
+            if self._is_stopped():
                 return
+            while (taken := self._take()) is not None:
+                job, is_ahead = taken
+                job.result = outcome.capture(job.call)
+                if is_ahead:
+                    with self._mutex:
+                        self._ahead_running -= 1
+                try:
+                    self._finish(job, is_ahead and job.then is not None)
+                except trio.RunFinishedError:
+                    return
+                if self._is_stopped():
+                    return
+
+    def _is_stopped(self) -> bool:
+        return self._stopped
+
+    def _finish(self, job: Job, may_wait: bool) -> None:
+        """Have the result handed over: at once, or with others that *may_wait*. In the job's thread."""
+        if not may_wait:
+            self._finished.append(job)
+            self._token.run_sync_soon(self._hand_over, idempotent=True)
+            return
+        self._gathered.append(job)
+        if not self._is_gathering:
+            self._is_gathering = True
+            self._token.run_sync_soon(self._start_gathering, idempotent=True)
+
+    def _start_gathering(self) -> None:
+        trio.lowlevel.spawn_system_task(self._gather)
+
+    async def _gather(self) -> None:
+        """Hand over what gathers, until nothing has come in one interval."""
+        while True:
+            await trio.sleep(_GATHER_S)
+            if not self._gathered:
+                self._is_gathering = False
+                if not self._gathered:  # A thread may have added one before it could see that.
+                    return
+                self._is_gathering = True
+            while self._gathered:
+                self._deliver(self._gathered.popleft())
 
     def _hand_over(self) -> None:
         while self._finished:
-            job = self._finished.popleft()
-            if job.task is not None:
-                assert job.result is not None
-                task, job.task = job.task, None
-                trio.lowlevel.reschedule(task, job.result)
+            self._deliver(self._finished.popleft())
+
+    def _deliver(self, job: Job) -> None:
+        assert job.result is not None
+        if job.task is not None:
+            task, job.task = job.task, None
+            trio.lowlevel.reschedule(task, job.result)
+        elif job.then is not None:
+            try:
+                job.then(job.result)
+            except Exception:  # Raised into trio it would end the mover.
+                log.exception("what follows a job failed")

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 
 import trio
@@ -27,9 +28,11 @@ from cache.model import (
     group_count,
 )
 from cache.policy.amplification import Amplification
+from cache.policy.due import SOME_TIME, Next
 from cache.policy.eviction import ItemId
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.records import Access, RecordReads, Want
+from cache.quick import QuickFills
 from cache.records import range_mask
 from cache.residency import Residency
 
@@ -47,6 +50,14 @@ class Wanted:
     on_disk: bool = False
 
 
+class Started(Enum):
+    """What `fetch_ahead_nowait` did."""
+
+    UNDER_WAY = 1
+    RESIDENT = 2  # Nothing: it is there.
+    MUST_WAIT = 3  # Nothing: that is for `fetch_ahead`.
+
+
 @dataclass(eq=False)
 class Flight:
     """The one fetch of some blocks of a group. *error* is set before *landed*."""
@@ -58,6 +69,8 @@ class Flight:
     error: SluiceError | None = None
     wanted: Wanted | None = None  # Somebody asked for it to be here, and nobody waits.
     demanded: trio.Event = field(default_factory=trio.Event)  # A reader waits for it.
+    next: Next = SOME_TIME  # Of what nobody asked for: when it will be used.
+    failed: BaseException | None = None  # What its first attempt raised, if nobody has dealt with it yet.
 
     @property
     def blocks(self) -> range:
@@ -81,12 +94,14 @@ class Fetcher:
         residency: Residency,
         readahead: SequentialReadAhead | None,
         ahead_flights_max: int,
+        quick: QuickFills | None = None,
     ) -> None:
         self._nursery = nursery
         self._lake = lake
         self._index = index
         self._residency = residency
         self._readahead = readahead
+        self._quick = quick
         self._ahead_slots = trio.CapacityLimiter(ahead_flights_max)
         self._spare_slots = trio.CapacityLimiter(min(_SPARE_FLIGHTS_MAX, ahead_flights_max))
         self._records = RecordReads()
@@ -117,25 +132,75 @@ class Fetcher:
         asked = _blocks(range(offset, min(offset + length, version.size_bytes)))
         await self._await_all([flight for flight in flights if flight.brings(asked)])
 
-    async def fetch_ahead(self, version: ObjectVersion) -> None:
+    async def fetch_ahead(self, version: ObjectVersion, next: Next = SOME_TIME) -> None:
         """Make an object resident that nobody asked for yet. Raises as `fetch` does.
 
-        The caller bounds how many are under way. Raises CacheFull where it would push out what a
-        recognised epoch still needs.
+        *next*: when it will be used. The caller bounds how many are under way. Raises CacheFull where it
+        would push out what a recognised epoch still needs, before that.
         """
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             blocks = range(block_count(version.size_bytes))
-            await self._await_all(self._join(version, blocks, demand=False))
+            await self._await_all(self._join(version, blocks, demand=False, next=next))
             return
         under_way: deque[Flight] = deque()
         for group in range(group_count(version.size_bytes)):
             blocks = range(group * GROUP_BLOCKS, (group + 1) * GROUP_BLOCKS)
             blocks = range(blocks.start, min(blocks.stop, block_count(version.size_bytes)))
-            under_way += self._join(version, blocks, demand=False, is_spare=True)
+            under_way += self._join(version, blocks, demand=False, is_spare=True, next=next)
             while len(under_way) > _SPARE_FLIGHTS_MAX:
                 await self._await_all([under_way.popleft()])
             await trio.lowlevel.checkpoint()
         await self._await_all(list(under_way))
+
+    def fetch_ahead_nowait(
+        self, version: ObjectVersion, next: Next, then: Callable[[SluiceError | None], None]
+    ) -> Started:
+        """Start what `fetch_ahead` does, as far as nothing has to be waited for.
+
+        *then* is called later, if it says UNDER_WAY, with what `fetch_ahead` would raise, or None.
+        """
+        key, row = (bytes(version.id), GroupIndex(0)), self._index.version(version.id)
+        if row is not None and row.whole:
+            return Started.RESIDENT
+        if self._quick is None or row is not None or version.size_bytes > SMALL_OBJECT_BYTES_MAX:
+            return Started.MUST_WAIT
+        if key in self._flights or self._lake.failing_since_s is not None:
+            return Started.MUST_WAIT
+        flight = Flight(range_mask(0, block_count(version.size_bytes) - 1), key[1], next=next)
+        get = partial(self._lake.get, version, 0, version.size_bytes)
+        if not self._quick.start(version, get, next, partial(self._quick_done, version, key, flight, then)):
+            return Started.MUST_WAIT
+        self._flights[key] = [flight]  # No await since the look: see _join.
+        return Started.UNDER_WAY
+
+    def _quick_done(
+        self,
+        version: ObjectVersion,
+        key: FlightKey,
+        flight: Flight,
+        then: Callable[[SluiceError | None], None],
+        error: BaseException | None,
+    ) -> None:
+        """Land the flight; after a failure, start it anew with retries and what else takes waiting."""
+        if error is None:
+            self._lake.note_success()
+            self._end(key, flight)
+            then(None)
+            return
+        flight.failed = error
+        self._nursery.start_soon(self._fly_again, version, key, flight, then)
+
+    async def _fly_again(
+        self,
+        version: ObjectVersion,
+        key: FlightKey,
+        flight: Flight,
+        then: Callable[[SluiceError | None], None],
+    ) -> None:
+        try:
+            await self._fly(version, key, flight)
+        finally:
+            then(flight.error)
 
     async def fetch_wanted(self, version: ObjectVersion, blocks: range, wanted: Wanted) -> None:
         """Make *blocks* resident, which somebody asked for and nobody waits for. Raises as `fetch` does.
@@ -217,6 +282,7 @@ class Fetcher:
         is_exact: bool = False,
         is_spare: bool = False,
         wanted: Wanted | None = None,
+        next: Next = SOME_TIME,
     ) -> list[Flight]:
         """Return the flights that bring the missing ones of *blocks*, starting those not under way.
 
@@ -246,7 +312,7 @@ class Fetcher:
             while missing:
                 run = _lowest_run(missing)
                 missing &= ~run
-                flight = Flight(run, key[1], is_spare, wanted=wanted)
+                flight = Flight(run, key[1], is_spare, wanted=wanted, next=next)
                 joined.append(self._start(version, key, flight, demand))
         return joined
 
@@ -275,11 +341,15 @@ class Fetcher:
         except BaseException:
             flight.error = SluiceError("the mover is stopping")
             raise
-        finally:  # No await from here to set(): who comes now must see index and flights agree.
-            self._flights[key].remove(flight)
-            if not self._flights[key]:
-                del self._flights[key]
-            flight.landed.set()
+        finally:
+            self._end(key, flight)
+
+    def _end(self, key: FlightKey, flight: Flight) -> None:
+        """No await in here: who comes now must see index and flights agree."""
+        self._flights[key].remove(flight)
+        if not self._flights[key]:
+            del self._flights[key]
+        flight.landed.set()
 
     async def _get_slot(self, version: ObjectVersion, flight: Flight) -> bool:
         """Wait for one of the read-ahead's slots, unless a reader wants the flight; return whether got.
@@ -327,7 +397,13 @@ class Fetcher:
         on_disk = flight.wanted is not None and flight.wanted.on_disk
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             fill = partial(
-                self._residency.fill_whole, version, get, demand=demand, wanted=is_wanted, on_disk=on_disk
+                self._residency.fill_whole,
+                version,
+                get,
+                demand=demand,
+                next=flight.next,
+                wanted=is_wanted,
+                on_disk=on_disk,
             )
         else:
             is_spare = flight.is_spare and not demand
@@ -338,11 +414,19 @@ class Fetcher:
                 get,
                 demand=demand,
                 is_spare=is_spare,
+                due=flight.next.due,
                 on_disk=on_disk,
             )
             self._records.fetched(version.id, length)
             self.amplification.fetched(version.id, length)
-        await self._lake.retrying("get", version.key, fill)
+
+        async def attempt() -> None:
+            if (failed := flight.failed) is not None:
+                flight.failed = None
+                raise failed
+            await fill()
+
+        await self._lake.retrying("get", version.key, attempt)
 
 
 def _blocks(span: range) -> range:

@@ -1,195 +1,119 @@
-"""Pins carried out: what a pinned path shows never leaves the cache, and what it showed before may.
+"""Tells the tiers when the members of a sample set are used next, so that the right ones stay.
 
-The eviction policies of the disk tiers know which items are pinned (`Tier.added`). Here is what sets
-them right when pins change, when names come to show something else, and at the mover's start.
+With an order known, what this epoch or the next one uses last leaves first. What a first scan has read
+and left behind leaves before everything else.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import trio
 
-from cache.errors import SluiceError, UsageError
 from cache.index import Index
-from cache.model import Inode
-from cache.pins import Pins
+from cache.policy.due import Next
+from cache.policy.sets import Pattern, SampleSet
+from cache.records import Node
 from cache.residency import Residency
-from cache.walking import Found, Walker
-from cache.warming import items_of
 
-log = logging.getLogger(__name__)
-
-_STEPS = 200
-_GATHER_S = 1.0  # So long changes of names are gathered before the pins are looked over,
-_GATHER_SHARE = 10  # or so many times as long as that took last.
-_SPARE_SHARE = 16  # Of each disk tier, this part is never pinned: other content has to pass through.
+_BEHIND = 8  # Uses after which what was missing has landed, mostly: before, nothing could be told of it.
+_CHUNK = 200  # Members looked at in one go: about two milliseconds.
+_SCAN_SHARE = 16  # A scan is at most this part of the tiers ahead.
+_FITS_SHARE = 2  # A set of at most this part of the tiers is kept as a whole.
 
 
-class Keeper:
-    """For the mover's trio thread."""
+@dataclass(slots=True)
+class Kept:
+    """What the tiers have been told of one set. *order_seen*: `Upcoming.changes` at that time."""
 
-    def __init__(self, index: Index, residency: Residency, walker: Walker, pins: Pins) -> None:
-        self.pins = pins
+    behind: deque[int] = field(default_factory=deque)  # Places used a moment ago.
+    order_seen: int = 0
+    is_replanning: bool = False
+
+
+class Keeping:
+    """For the mover's trio thread. Changes nothing but ranks: whatever it tells, no read fails by it."""
+
+    def __init__(self, index: Index, residency: Residency) -> None:
         self._index = index
         self._residency = residency
-        self._walker = walker
-        self._is_stale = trio.Event()
-        self._moved: list[Inode] = []  # Renamed here, maybe to below a pinned directory.
 
-    # What is asked
+    def used(self, samples: SampleSet, kept: Kept, place: int) -> None:
+        """A member was used: of one used a while ago, tell when next, or that it is not soon."""
+        kept.behind.append(place)
+        if len(kept.behind) <= _BEHIND:
+            return
+        place = kept.behind.popleft()
+        due = samples.upcoming.due_later(place)
+        # A tree that is read in its order again and again is a training that does not shuffle.
+        is_scanned = samples.epoch == 1 and samples.pattern is Pattern.SCAN
+        if not is_scanned and (due is None or self.fits(samples)):
+            return
+        node = self._index.node(samples.members.inodes[place])
+        if node is None or not node.vid:
+            return
+        if is_scanned:
+            self._residency.passed(node.vid)
+        else:
+            self._residency.expect(node.vid, Next(due, later=True))
 
-    async def pin(self, paths: Iterable[str]) -> tuple[Found, list[str]]:
-        """Pin what is there of *paths*; return its files and the new pins. What is not there is noted.
+    def may_go_further(self, samples: SampleSet) -> bool:
+        """Return whether it is no scan that is too far ahead: what was fetched for it leaves late."""
+        if samples.large or samples.pattern is not Pattern.SCAN or samples.epoch > 1:
+            return True  # Of large members, `SampleSet` itself lets few be ahead.
+        ahead_bytes = samples.unused_ahead * samples.members.mean_bytes
+        return ahead_bytes * _SCAN_SHARE <= self._residency.size_bytes
 
-        Raises SluiceError, with nothing changed, where more would be pinned than the disks hold.
-        """
-        found, new = Found(), []
-        for path in paths:
-            failed = found.failed
-            await self._walker.add(found, path)
-            if found.failed == failed or await self._is_there(path):
-                new.append(_normal(path))
-        wanted = {os.fsencode(path) for path in new}
-        everything = Found()
-        for pin in sorted(wanted.union(self.pins.paths)):
-            await self._walker.add(everything, os.fsdecode(pin))
-        await self._check_room(everything)
-        if not wanted.issubset(self.pins.paths):
-            self.pins.replace(wanted.union(self.pins.paths))
-        await self._settle(found.inodes)
-        return found, new
+    def fits(self, samples: SampleSet) -> bool:
+        """Return whether all of the set may be cached: then nothing of it need be told apart."""
+        return samples.members.total_bytes * _FITS_SHARE < self._residency.size_bytes
 
-    async def _is_there(self, path: str) -> bool:
-        """Return whether there is such an entry, though something below it could not be listed."""
-        try:
-            await self._walker.resolve(path)
-            return True
-        except SluiceError:
+    def has_news(self, samples: SampleSet, kept: Kept) -> bool:
+        """Return whether `replan` is to be called: the set's order was found, dropped, or led further."""
+        if samples.upcoming.changes == kept.order_seen or kept.is_replanning:
             return False
+        if self.fits(samples):
+            kept.order_seen = samples.upcoming.changes
+            return False
+        kept.is_replanning = True
+        return True
 
-    async def _check_room(self, found: Found) -> None:
-        disks = [tier for tier in self._residency.tiers if not tier.files.is_memory]
-        sizes = [tier.budget.size_bytes - tier.budget.size_bytes // _SPARE_SHARE for tier in disks]
-        charged_bytes = largest = 0
-        for number, inode in enumerate(found.inodes):
-            if number % _STEPS == 0:
-                await trio.lowlevel.checkpoint()
-            node = self._index.node(inode)
-            if node is not None:
-                file_bytes = disks[0].files.whole_bytes(node.size_bytes)
-                charged_bytes, largest = charged_bytes + file_bytes, max(largest, file_bytes)
-        if charged_bytes > sum(sizes) or largest > max(sizes):
-            raise SluiceError(
-                f"all that would be pinned takes {charged_bytes:,} bytes, the disk tiers have room for"
-                f" {sum(sizes):,}; pin less, unpin something, or mount with a larger --cache"
-            )
-
-    async def unpin(self, paths: Iterable[str]) -> tuple[list[str], list[dict[str, str]]]:
-        """Take back the pins at and below *paths*; return them, and what is wrong with the others."""
-        gone: set[bytes] = set()
-        errors = []
-        for path in paths:
-            packed = os.fsencode(_normal(path))
-            below = {pin for pin in self.pins.paths if _is_below(pin, packed)}
-            gone |= below
-            if not below:
-                by = self.pins.pinned_by(packed)
-                text = (
-                    "is not pinned" if by is None else f"is pinned by its directory {_shown(by)}: unpin that"
-                )
-                errors.append({"path": path, "error": text})
-        if gone:
-            self.pins.replace(set(self.pins.paths) - gone)
-            await self._sweep()
-        return [os.fsdecode(pin) for pin in sorted(gone)], errors
-
-    def pinned_bytes(self) -> int:
-        """Return the bytes of the disk tiers that are taken by what is pinned."""
-        return sum(tier.policy.pinned_bytes for tier in self._residency.tiers)
-
-    # What changes
-
-    def names_changed(self) -> None:
-        """Names show something else now: some of what is pinned may be no longer."""
-        if self.pins:
-            self._is_stale.set()
-
-    def renamed(self, parent: int, name: bytes) -> None:
-        """Something got this name through the mount."""
-        found = self._index.child(parent, name) if self.pins else None
-        if found is not None:
-            self._moved.append(found[0])
-        self.names_changed()
-
-    async def run(self) -> None:
-        """Set the pins right at the start, and whenever names have changed, for ever."""
-        took_s = await self._guarded_look(start=True)
-        while True:
-            await self._is_stale.wait()
-            await trio.sleep(max(_GATHER_S, _GATHER_SHARE * took_s))
-            self._is_stale = trio.Event()
-            took_s = await self._guarded_look(start=False)
-
-    async def _guarded_look(self, *, start: bool) -> float:
-        """Look the pins over; return how many seconds that took."""
-        began_s = trio.current_time()
+    async def replan(self, samples: SampleSet, kept: Kept, go_on: Callable[[], bool]) -> None:
+        """Tell of all resident members when they are used next, as long as *go_on* says so."""
         try:
-            moved, self._moved = self._moved, []
-            paths = self.pins.paths if start else [self._index.path_of(inode) for inode in moved]
-            for path in paths:
-                if self.pins.pinned_by(path) is not None:
-                    found = Found()
-                    await self._walker.add(found, os.fsdecode(path))
-                    await self._settle(found.inodes)
-            await self._sweep()
-        except SluiceError as error:
-            log.warning("pins could not be looked over: %s", error)
-        except Exception:  # A fault of ours costs pins of late comers, not the mover.
-            log.exception("pins could not be looked over")
-        return trio.current_time() - began_s
-
-    async def _settle(self, inodes: Iterable[int]) -> None:
-        """Pin what is cached of these files, if their paths are pinned."""
-        for number, inode in enumerate(inodes):
-            if number % _STEPS == 0:
-                await trio.lowlevel.checkpoint()
-            node = self._index.node(inode)
-            row = self._index.version(node.vid) if node is not None and node.vid else None
-            if node is None or row is None:
-                continue
-            self.pins.note_place(Inode(inode), node.vid)
-            tier = self._residency.tiers[row.tier]
-            if not tier.files.is_memory and self.pins.is_pinned(node.vid):
-                for item in items_of(self._index, node.vid, row):
-                    tier.policy.pin(item)
-
-    async def _sweep(self) -> None:
-        """Let go of what is pinned no longer."""
-        for tier in self._residency.tiers:
-            for number, item in enumerate(tier.policy.pinned()):
-                if number % _STEPS == 0:
+            kept.order_seen = samples.upcoming.changes
+            for place, inode in enumerate(samples.members.inodes):
+                if place % _CHUNK == 0:
                     await trio.lowlevel.checkpoint()
-                if not self.pins.is_pinned(item[:16]):
-                    tier.policy.unpin(item)
+                    if not go_on():
+                        return
+                vid = self.resident(inode)
+                if vid is not None:
+                    self.expect(samples, place, vid)
+        finally:
+            kept.is_replanning = False
 
+    def expect(self, samples: SampleSet, place: int, vid: bytes) -> None:
+        """Have a resident member kept for its next use, as far as that is known."""
+        upcoming, is_used = samples.upcoming, samples.is_used(place)
+        due = None if is_used else upcoming.due(place)
+        if due is not None or not (is_used or upcoming.is_known):
+            self._residency.expect(vid, Next(due))
+        elif (due := upcoming.due_later(place)) is not None:
+            self._residency.expect(vid, Next(due, later=True))
+        elif not is_used:
+            self._residency.release(vid)  # The order leaves it out: others read it, or nobody.
 
-def checked_evictable(path: str, by: bytes | None) -> None:
-    """Raise UsageError where *path* is pinned."""
-    if by is not None:
-        which = "is pinned" if by == os.fsencode(path.strip("/")) else f"is pinned by {_shown(by)}"
-        raise UsageError(f"{which}: `sluice unpin` it first")
+    def resident(self, inode: int) -> bytes | None:
+        """Return the version id of a file that is cached whole."""
+        node = self._index.node(inode)
+        return node.vid if node is not None and node.vid and self.is_cached(node) else None
 
-
-def _shown(pin: bytes) -> str:
-    return os.fsdecode(pin) or "the mount's root"
-
-
-def _normal(path: str) -> str:
-    return "/".join(part for part in path.split("/") if part not in ("", "."))
-
-
-def _is_below(path: bytes, directory: bytes) -> bool:
-    return not directory or path == directory or path.startswith(directory + b"/")
+    def is_cached(self, node: Node) -> bool:
+        """Return whether nothing has to be fetched: it is cached whole, or no object of the lake (yet)."""
+        if not node.vid or node.staged:
+            return True
+        row = self._index.version(node.vid)
+        return row is not None and row.whole

@@ -184,7 +184,7 @@ class LakeIO:
                 self.retries += 1
                 await trio.sleep(delay_s)
             else:
-                self._note_success()
+                self.note_success()
                 return result
 
     def failing_for_s(self) -> float | None:
@@ -203,7 +203,8 @@ class LakeIO:
             next_step = "given up" if delay_s is None else f"next try in {delay_s:.1f} s"
             log.warning("lake: %s of %r failed (%s), %s", verb, key, error, next_step)
 
-    def _note_success(self) -> None:
+    def note_success(self) -> None:
+        """Note that the lake answered. `retrying` does so itself."""
         if self.failing_since_s is not None:
             log.info("lake: answers again after %.0f s", time.monotonic() - self.failing_since_s)
             self.failing_since_s = None

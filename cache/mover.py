@@ -27,7 +27,6 @@ from cache.errors import CacheError, LakeError, MountReadOnly, ObjectChanged, Ob
 from cache.fetcher import Fetcher
 from cache.index import Index, remove_index
 from cache.journaling import JournalKeeper
-from cache.keeping import Keeper
 from cache.lake.open import open_lake
 from cache.lake_io import LakeIO
 from cache.lister import Lister
@@ -36,14 +35,16 @@ from cache.messages import Answer
 from cache.model import MIB, SMALL_OBJECT_BYTES_MAX, Inode, ObjectVersion
 from cache.orders import Orders
 from cache.pending import PendingTable
+from cache.pinning import Keeper
 from cache.pins import Pins
 from cache.pipes import PIPES_NAME, Pipes
 from cache.places import Tier
-from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
+from cache.policy.policies import make_policy
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
 from cache.policy.sets import ListingOrder
+from cache.quick import QuickFills
 from cache.recorder import Recorder
 from cache.records import Node
 from cache.residency import Residency
@@ -331,7 +332,7 @@ async def run_mover(
     Raises SluiceError when the lake or the cache can't be used. *serve* is started when
     requests can be answered; when it returns, everything is saved.
     """
-    lake_engine = Engine("lake", config.fetch_threads + _LIST_THREADS, reserved=4)
+    lake_engine = Engine("lake", config.fetch_threads + _LIST_THREADS, reserved=_LIST_THREADS)
     disk_engine = Engine("disk", _DISK_THREADS, reserved=2)
     lake = open_lake(config.lake)
     index = open_index(config.index_directory, may_rebuild=first)
@@ -364,6 +365,7 @@ async def run_mover(
                 residency,
                 SequentialReadAhead(_window_bytes_max(residency)) if config.read_ahead != "none" else None,
                 ahead_flights_max=max(1, min(_AHEAD_FLIGHTS_MAX, config.fetch_threads // 2)),
+                quick=QuickFills(residency, committer, lake_engine),
             )
             freshness = Freshness(config.ttl_s, config.immutable)
             lister = Lister(nursery, lake_io, index, committer, freshness, changed_send, table)

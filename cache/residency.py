@@ -33,6 +33,7 @@ from cache.model import (
 )
 from cache.opens import OpenTable
 from cache.places import Sparse, Tier
+from cache.policy.due import SOME_TIME, Next
 from cache.policy.eviction import ItemId
 from cache.policy.ledger import Ledger
 from cache.records import Group, VersionRow, charge, group_key
@@ -110,7 +111,8 @@ class Residency:
         self._sparse: dict[bytes, Sparse] = {}
         self._unverified: dict[bytes, tuple[int, int]] = {}  # Whole files without a row: tier, charge.
         self._usage: dict[bytes, Usage] = {}  # Since the last `save_usage`.
-        self._held: set[bytes] = set()  # Large versions that readers go through, see `hold`.
+        # Large versions that readers go through, see `hold`, and their use after this one, if it was told.
+        self._held: dict[bytes, Next | None] = {}
         self.ledger = Ledger()
         self.dram_low = trio.Event()
         self.demoted_bytes = 0
@@ -161,6 +163,35 @@ class Residency:
         row = self._index.version(vid)
         return row is not None and row.whole
 
+    # For fills that wait for nothing, see cache/quick.py
+
+    def begin_fill_nowait(self, vid: VersionId, size_bytes: int, due: int | None) -> tuple[int, int] | None:
+        """Charge a whole object that nobody asked for; return its tier and the bytes, None if it must wait.
+
+        The version is busy then. End it with `end_fill_nowait`, after a failure with its bytes given back.
+        """
+        if vid in self._moving or vid in self._unverified:
+            return None
+        place = self._place(size_bytes)
+        tier = self.tiers[place]
+        charged = tier.files.whole_bytes(size_bytes)
+        if not self._can_spare(place, charged, due) or not tier.has_room(charged):
+            return None
+        tier.budget.take(charged)
+        tier.landing_bytes += charged
+        self._check_watermark()
+        self._busy[vid] += 1
+        return place, charged
+
+    def end_fill_nowait(self, vid: bytes, place: int, charged_bytes: int, *, landed: bool) -> None:
+        """End what `begin_fill_nowait` began."""
+        self.tiers[place].landing_bytes -= charged_bytes
+        if not landed:
+            self.tiers[place].budget.give_back(charged_bytes)
+        self._busy[vid] -= 1
+        if not self._busy[vid]:
+            del self._busy[vid]
+
     def _place(self, size_bytes: int, *, on_disk: bool = False) -> int:
         """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
         first = self.tiers[0]
@@ -177,16 +208,19 @@ class Residency:
         ]
         return -max(shares)[2]
 
-    async def reserve(self, place: int, charged_bytes: int, *, demand: bool = True) -> None:
+    async def reserve(
+        self, place: int, charged_bytes: int, *, demand: bool = True, due: int | None = None
+    ) -> None:
         """Charge *charged_bytes* to a tier, making room first. Raises CacheFull.
 
-        Without *demand* nothing is pushed out that a recognised epoch still needs.
+        Without *demand* nothing is pushed out that a recognised epoch still needs, unless it is known
+        to need it only after *due*.
         """
         tier = self.tiers[place]
         if charged_bytes > tier.budget.size_bytes:
             raise CacheFull(f"{tier.name}: {charged_bytes} bytes are more than the tier's size")
         if not demand:
-            self._check_spare(place, charged_bytes)
+            self._check_spare(place, charged_bytes, due)
         if tier.has_room(charged_bytes):  # No await from here to take().
             tier.budget.take(charged_bytes)
             self._check_watermark()
@@ -194,7 +228,7 @@ class Residency:
         async with tier.room_lock:
             while not tier.has_room(charged_bytes):
                 if not demand:  # Again: others were let in while we waited for the lock.
-                    self._check_spare(place, charged_bytes)
+                    self._check_spare(place, charged_bytes, due)
                     if tier.guard_shortfall_bytes() > 0:
                         raise CacheFull(f"{tier.name}: its disk has no room for what nobody asked for")
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
@@ -202,10 +236,18 @@ class Residency:
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.budget.take(charged_bytes)
 
-    def may_read_ahead(self, size_bytes: int) -> bool:
-        """Return whether an object that nobody asked for yet has room, with some left for demand."""
+    def may_read_ahead(self, size_bytes: int, due: int | None = None) -> bool:
+        """Return whether an object that nobody asked for yet has room, with some left for demand.
+
+        *due*: when it will be used, if that is known. What is used after it makes room then.
+        """
         place = self._place(size_bytes)
-        return self._can_spare(place, self.tiers[place].files.whole_bytes(size_bytes))
+        return self._can_spare(place, self.tiers[place].files.whole_bytes(size_bytes), due)
+
+    @property
+    def size_bytes(self) -> int:
+        """Return what all tiers together hold at most."""
+        return sum(tier.budget.size_bytes for tier in self.tiers)
 
     def may_hold(self, version: ObjectVersion) -> bool:
         """Return whether all of a large object has room where it goes, what is there of it included."""
@@ -222,12 +264,12 @@ class Residency:
         state = self._sparse.get(vid)
         return 0 if state is None else state.blocks_present * BLOCK_BYTES
 
-    def _check_spare(self, place: int, charged_bytes: int) -> None:
-        if not self._can_spare(place, charged_bytes):
+    def _check_spare(self, place: int, charged_bytes: int, due: int | None) -> None:
+        if not self._can_spare(place, charged_bytes, due):
             raise CacheFull(f"{self.tiers[place].name}: no room for {charged_bytes} bytes unasked")
 
-    def _can_spare(self, place: int, charged_bytes: int) -> bool:
-        """Return whether so much is free, or needed by no recognised epoch, where content ends up."""
+    def _can_spare(self, place: int, charged_bytes: int, due: int | None) -> bool:
+        """Return whether so much is free, or not needed before *due*, where content ends up."""
         tier = self.tiers[place]
         disks = [other for other in self.tiers if not other.files.is_memory]
         over = [tier, *disks] if tier.files.is_memory else [tier]
@@ -236,7 +278,10 @@ class Residency:
         kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + item_bytes) for each in over)
         if tier.files.is_memory:
             kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
-        return spare_bytes >= charged_bytes + kept_bytes
+        short_bytes = charged_bytes + kept_bytes - spare_bytes
+        if short_bytes > 0 and due is not None:
+            short_bytes -= sum(each.policy.bytes_beyond(due, short_bytes) for each in over)
+        return short_bytes <= 0
 
     async def fill_whole(
         self,
@@ -244,12 +289,14 @@ class Residency:
         get: Callable[[], Body],
         *,
         demand: bool,
+        next: Next = SOME_TIME,
         wanted: bool = False,
         on_disk: bool = False,
     ) -> None:
         """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError.
 
-        *wanted*: somebody asked for it to be here, though nobody waits; *on_disk*: and not in memory.
+        *next*: when it is expected to be used, if it is neither demanded nor wanted. *wanted*: somebody
+        asked for it to be here, though nobody waits; *on_disk*: and not in memory.
         """
         vid = version.id
         if await self._settled(vid):
@@ -258,7 +305,7 @@ class Residency:
             place = self._place(version.size_bytes, on_disk=on_disk)
             files = self.tiers[place].files
             charged = files.whole_bytes(version.size_bytes)
-            await self.reserve(place, charged, demand=demand or wanted)
+            await self.reserve(place, charged, demand=demand or wanted, due=next.due)
             try:
                 with self.tiers[place].landing(charged):
                     checksums = await self._lake_engine.run(
@@ -272,7 +319,7 @@ class Residency:
                 raise
             self.tiers[place].added(ItemId(vid), charged, used=demand)
             if not (demand or wanted):
-                self.tiers[place].policy.expect(ItemId(vid))
+                self.tiers[place].policy.expect(ItemId(vid), next)
 
     async def fill_blocks(
         self,
@@ -283,10 +330,11 @@ class Residency:
         demand: bool,
         on_disk: bool = False,
         is_spare: bool = False,
+        due: int | None = None,
     ) -> None:
         """Get missing *blocks*, all in one group of a large object, and store them.
 
-        *is_spare*: they push out nothing that a recognised epoch needs.
+        *is_spare*: they push out nothing that a recognised epoch needs, unless only after *due*.
         """
         assert blocks.start // GROUP_BLOCKS == (blocks.stop - 1) // GROUP_BLOCKS, blocks
         vid = version.id
@@ -300,7 +348,7 @@ class Residency:
                 state = self._sparse[vid] = Sparse(version, place)
             try:
                 with self._filled(item):
-                    await self._fill_group(state, vid, blocks, get, demand, is_spare)
+                    await self._fill_group(state, vid, blocks, get, demand, is_spare, due)
                 if state.blocks_present == block_count(version.size_bytes):
                     await self._make_whole(vid, state)
             finally:
@@ -336,12 +384,13 @@ class Residency:
         get: Callable[[], Body],
         demand: bool,
         is_spare: bool,
+        due: int | None,
     ) -> None:
         version, place = state.version, state.tier
         tier, offset = self.tiers[place], blocks.start * BLOCK_BYTES
         group, first = GroupIndex(blocks.start // GROUP_BLOCKS), blocks.start % GROUP_BLOCKS
         charged = charge(min(version.size_bytes, blocks.stop * BLOCK_BYTES) - offset)
-        await self.reserve(place, charged, demand=not is_spare)
+        await self.reserve(place, charged, demand=not is_spare, due=due)
         try:
             with tier.landing(charged):
                 checksums = await self._lake_engine.run(
@@ -383,7 +432,7 @@ class Residency:
             item = ItemId(group_key(vid, group))
             charged += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
-        tier.added(ItemId(vid), charged, used=True)
+        tier.added(ItemId(vid), charged, used=vid not in self._held)
         if vid in self._held:
             tier.policy.expect(ItemId(vid))
 
@@ -497,18 +546,33 @@ class Residency:
 
     def hold(self, vid: bytes) -> None:
         """Keep a large object, if it is whole, while a reader goes through it: it is used at its end."""
-        self._held.add(vid)
-        self.expect(vid, expected=True)
+        self._held[vid] = None
+        self.expect(vid)
 
     def let_go(self, vid: bytes) -> None:
         """The reader of an object that was held has come to its end, or nothing was heard of it since."""
-        self._held.discard(vid)
+        next = self._held.pop(vid, None)
         self.touched(ItemId(vid))
+        if next is not None:
+            self.expect(vid, next)
 
-    def expect(self, vid: bytes, *, expected: bool) -> None:
-        """Keep a whole object for an epoch that will use it, or no longer."""
+    def expect(self, vid: bytes, next: Next = SOME_TIME) -> None:
+        """Keep a whole object for an epoch that will use it. What is held stays as that is, meanwhile."""
+        if vid in self._held and next != SOME_TIME:
+            self._held[vid] = next
+            return
         for tier in self.tiers:
-            (tier.policy.expect if expected else tier.policy.release)(ItemId(vid))
+            tier.policy.expect(ItemId(vid), next)
+
+    def release(self, vid: bytes) -> None:
+        """Take `expect` back."""
+        for tier in self.tiers:
+            tier.policy.release(ItemId(vid))
+
+    def passed(self, vid: bytes) -> None:
+        """Note that a scan has read a whole object and gone on."""
+        for tier in self.tiers:
+            tier.policy.passed(ItemId(vid))
 
     def usage(self, vid: bytes, row: VersionRow) -> Usage:
         recent = self._usage.get(vid, Usage())
@@ -718,7 +782,8 @@ class Residency:
             target_place = self._emptiest_disk(charged) if target_place is None else target_place
             target = self.tiers[target_place]
             label_bytes = (target.files.label_bytes - source.files.label_bytes) if row.whole else 0
-            is_expected = any(map(source.policy.is_expected, sizes))
+            expected = {item: next for item in sizes if (next := source.policy.next_of(item)) is not None}
+            is_expected = any(not next.later for next in expected.values())
             if may_leave and not is_expected and target.is_all_expected(charged + label_bytes):
                 return await self._evict_held(source, list(sizes))
             await self.reserve(target_place, charged + label_bytes)
@@ -736,11 +801,11 @@ class Residency:
                 self._sparse[vid].tier = target_place
             await self._disk_engine.run(lambda: _remove(source.files, vid), demand=False)
             for item, size_bytes in sizes.items():
-                used = not is_expected and not source.policy.is_wanted(item)
+                used = item not in expected and not source.policy.is_wanted(item)
                 source.policy.removed(item)
                 target.added(item, size_bytes + label_bytes, used=used)
-                if is_expected:
-                    target.policy.expect(item)
+                if item in expected:
+                    target.policy.expect(item, expected[item])
             source.budget.give_back(charged)
         self.demoted_bytes += charged
         return charged

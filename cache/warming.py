@@ -201,7 +201,7 @@ class Warmer:
             cached[row.tier] += sum(
                 tier.policy.size_of(item) or 0
                 for item in items_of(self._index, node.vid, row)
-                if not (tier.policy.is_expected(item) or tier.policy.why(item) == PINNED)
+                if not (_is_expected(tier, item) or tier.policy.why(item) == PINNED)
             )
             present_bytes = self._present_bytes(node.vid, row)
             if job.tier and tier.files.is_memory != (job.tier == "dram"):
@@ -421,6 +421,12 @@ class _Fetching:
         if self._warmer.lake_retries != self._retries_seen:
             self._retries_seen = self._warmer.lake_retries
             self._parallelism.slowed(trio.current_time())
+
+
+def _is_expected(tier: Tier, item: ItemId) -> bool:
+    """Return whether the running epoch of some set needs the item: `expected_bytes` has it."""
+    next = tier.policy.next_of(item)
+    return next is not None and not next.later
 
 
 def reason_of(error: SluiceError) -> str:

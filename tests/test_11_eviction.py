@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy, make_policy
+from cache.policy.auto import AutoPolicy
+from cache.policy.due import Next
+from cache.policy.eviction import PINNED, EpochPolicy, EvictionPolicy, ItemId, LruPolicy
+from cache.policy.policies import make_policy
 
 
-@pytest.fixture(params=["lru", "epoch"])
+@pytest.fixture(params=["lru", "epoch", "auto"])
 def policy(request: pytest.FixtureRequest) -> EvictionPolicy:
     """Each of the policies, empty."""
     return make_policy(request.param)
@@ -175,7 +179,7 @@ def test_what_a_recognised_epoch_expects_leaves_last_and_is_not_to_spare() -> No
     assert (policy.spare_bytes, policy.expected_bytes) == (60, 40)
     assert set(numbers(policy.order(60))) == set(range(40, 100))
     policy.touched(item(0))
-    assert not policy.is_expected(item(0)) and policy.expected_bytes == 39
+    assert policy.next_of(item(0)) is None and policy.expected_bytes == 39
     for number in range(100):
         policy.release(item(number))
     assert policy.expected_bytes == 0 and set(numbers(policy.order(39))) == set(range(1, 40))
@@ -203,14 +207,17 @@ def test_lru_spares_nothing_to_what_nobody_asked_for() -> None:
     policy = filled(LruPolicy(), 10)
     policy.expect(item(0))
     policy.release(item(0))
-    assert (policy.spare_bytes, policy.expected_bytes, policy.is_expected(item(0))) == (0, 0, False)
+    assert (policy.spare_bytes, policy.expected_bytes, policy.next_of(item(0))) == (0, 0, None)
     assert numbers(policy.order(1)) == [0]
 
 
 @pytest.mark.parametrize(("share", "from_epoch"), [(0.2, 2), (0.5, 1), (0.8, 1)])
-def test_shuffled_epochs_fetch_little_more_than_what_does_not_fit(share: float, from_epoch: int) -> None:
+@pytest.mark.parametrize("policy_of", [EpochPolicy, AutoPolicy])
+def test_shuffled_epochs_fetch_little_more_than_what_does_not_fit(
+    share: float, from_epoch: int, policy_of: type[EpochPolicy]
+) -> None:
     """The optimum is 1 - share. A first pass over more than twice the tier costs one epoch more."""
-    shares = epoch_shares(EpochPolicy(), 1500, share, 7)
+    shares = epoch_shares(policy_of(), 1500, share, 7)
     assert shares[0] == 1.0
     for fetched_share in shares[from_epoch:]:
         assert 1 - share - 0.001 <= fetched_share <= 1 - share + 0.035
@@ -234,12 +241,119 @@ def test_popular_items_are_served_as_well_as_by_lru() -> None:
     draws = random.Random(3).choices(range(1000), weights, k=10_000)
     by_epoch, by_lru = (fetched(make_policy(name), draws, 300) for name in ("epoch", "lru"))
     assert by_epoch < 1.05 * by_lru
+    assert fetched(make_policy("auto"), draws, 300) < 1.05 * by_lru
+
+
+def test_of_what_is_used_at_a_known_time_the_last_leaves_first() -> None:
+    policy = filled(EpochPolicy(), 8, used=False)
+    for number, due in enumerate((700, 100, 500, 300)):
+        policy.expect(item(number), Next(due))
+    policy.expect(item(4), Next(2000, later=True))
+    policy.expect(item(5), Next(1000, later=True))
+    assert numbers(policy.order(8)) == [4, 5, 6, 7, 0, 2, 3, 1]
+    assert (policy.spare_bytes, policy.expected_bytes) == (4, 4)
+    assert policy.next_of(item(5)) == Next(1000, later=True) and policy.next_of(item(6)) is None
+    policy.touched(item(4))
+    assert policy.next_of(item(4)) is None
+
+
+def test_what_is_due_after_it_makes_room_for_what_is_due_before() -> None:
+    policy = filled(EpochPolicy(), 1000, used=False)
+    for number in range(1000):
+        policy.expect(item(number), Next(number))
+    assert policy.bytes_beyond(0, 10_000) > 800
+    assert policy.bytes_beyond(1000, 10_000) == 0
+    assert 50 <= policy.bytes_beyond(0, 50) <= 200
+
+
+def test_with_the_next_order_known_what_is_needed_first_in_the_next_epoch_stays() -> None:
+    """No epoch can fetch less than what does not fit. By next use, all that fits is hit at its beginning."""
+    generator, count, held = random.Random(4), 1000, 200
+    orders = [generator.sample(range(count), count) for _ in range(6)]
+    policy = EpochPolicy()
+    for epoch, (order, then) in enumerate(pairwise(orders)):
+        position = {number: place for place, number in enumerate(then)}
+        missed = []
+        for number in order:
+            missed.append(fetched(policy, [number], held))
+            policy.expect(item(number), Next((epoch + 1) * count + position[number], later=True))
+        if epoch:
+            assert sum(missed) <= count - held + 70 and sum(missed[: held - 70]) == 0
+
+
+def test_a_scan_takes_only_what_it_brought_itself() -> None:
+    policy = filled(AutoPolicy(), 300)
+    for number in range(1000, 4000):
+        assert fetched(policy, [number], 300)
+        if number >= 1032:
+            policy.passed(item(number - 32))
+    kept = sum(policy.size_of(item(number)) is not None for number in range(300))
+    assert kept >= 300 - 64
+    by_lru = filled(LruPolicy(), 300)
+    fetched(by_lru, range(1000, 4000), 300)
+    assert not any(by_lru.size_of(item(number)) for number in range(300))
+
+
+def test_what_a_scan_met_that_others_use_keeps_its_rank() -> None:
+    policy = filled(AutoPolicy(), 100)
+    policy.expect(item(7))
+    fetched(policy, [3, 50, 3], 100)
+    for number in (3, 7):
+        policy.passed(item(number))
+    policy.passed(item(999))  # Not there (any more).
+    assert numbers(policy.order(1)) not in ([3], [7])
+
+
+def test_files_that_are_read_again_and_again_stay_while_epochs_go_by() -> None:
+    generator, policy = random.Random(5), AutoPolicy()
+    missed = 0
+    for epoch in range(6):
+        for step, number in enumerate(generator.sample(range(2000), 2000)):
+            fetched(policy, [number], 400)
+            if step % 10 == 0:
+                missed += fetched(policy, [10_000 + step // 10 % 20], 400) * (epoch > 0)
+    assert missed <= 20  # Of 1,000 reads.
+
+
+def test_what_was_hot_once_leaves_in_the_end() -> None:
+    policy = AutoPolicy()
+    for number in [*range(10)] * 20 + [*range(100, 300)]:
+        fetched(policy, [number], 100)
+    assert all(policy.size_of(item(number)) for number in range(10))
+    for seed in range(8):
+        fetched(policy, random.Random(seed).sample(range(1000, 1300), 300), 100)
+    assert not any(policy.size_of(item(number)) for number in range(10))
+
+
+def test_hot_files_take_at_most_half_of_the_tier() -> None:
+    policy = filled(AutoPolicy(), 100)
+    for _ in range(9):
+        for number in range(80):
+            policy.touched(item(number))
+    assert policy._hot.size_bytes <= 50
 
 
 Step = tuple[str, int, int]
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["use", "ahead", "touch", "expect", "release", "remove", "evict", "epoch"]),
+        st.sampled_from(
+            [
+                "use",
+                "ahead",
+                "touch",
+                "expect",
+                "plan",
+                "later",
+                "pass",
+                "release",
+                "remove",
+                "evict",
+                "epoch",
+                "pin",
+                "unpin",
+                "want",
+            ]
+        ),
         st.integers(0, 40),
         st.integers(1, 9),
     ),
@@ -247,7 +361,7 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", ["lru", "epoch"])
+@pytest.mark.parametrize("name", ["lru", "epoch", "auto"])
 @given(steps=STEPS)
 def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[Step]) -> None:
     policy, model = make_policy(name), dict[ItemId, int]()
@@ -260,15 +374,21 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
             policy.touched(one)
         elif verb == "expect":
             policy.expect(one)
+        elif verb in ("plan", "later"):
+            policy.expect(one, Next(size_bytes * 100, later=verb == "later"))
+        elif verb == "pass":
+            policy.passed(one)
         elif verb == "release":
             policy.release(one)
         elif verb == "remove":
             policy.removed(one)
             model.pop(one, None)
+        elif verb in ("pin", "unpin", "want"):
+            getattr(policy, verb)(one)
         elif verb == "evict":
             busy = {item(n) for n in range(0, number, 3)}
             victims = policy.victims(size_bytes, busy)
-            free = {one: model[one] for one in model if one not in busy}
+            free = {one: model[one] for one in model if one not in busy and policy.why(one) != PINNED}
             assert len(set(victims)) == len(victims) and set(victims) <= set(free)
             assert sum(map(model.__getitem__, victims)) >= min(size_bytes, sum(free.values()))
             for victim in victims:
@@ -281,7 +401,12 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
         if isinstance(policy, EpochPolicy):
             for queue in policy._queues():
                 assert queue.size_bytes == sum(queue.values())
-    order = policy.order(1000)
+        if isinstance(policy, AutoPolicy):
+            assert set(policy._uses) == set(model).difference(policy.pinned())
+            assert policy._uses_sum == sum(policy._uses.values())
+        assert policy.pinned_bytes == sum(model[one] for one in policy.pinned())
+        assert all(policy.why(one) is not None for one in model)
+    order = policy.order(1000) + policy.pinned()
     assert len(order) == len(set(order)) and set(order) == set(model)
     assert {one: policy.size_of(one) for one in order} == model
 
@@ -296,8 +421,11 @@ def test_what_is_pinned_is_no_victim_until_it_is_unpinned(policy: EvictionPolicy
     assert not {0, 5} & set(numbers(policy.victims(100, ())))
     assert not {0, 5} & set(numbers(policy.order(100)))
     assert (len(policy), policy.pinned_bytes, policy.why(item(5))) == (10, 2, "pinned")
-    for change in (policy.touched, policy.want, policy.expect, policy.release):
+    for change in (policy.touched, policy.want, policy.expect, policy.release, policy.passed):
         change(item(5))
+    for next in (Next(7), Next(70, later=True)):
+        policy.expect(item(5), next)
+    assert policy.next_of(item(5)) is None
     policy.added(item(5), 3, used=True)
     assert policy.pinned_bytes == 4 and sorted(numbers(policy.pinned())) == [0, 5]
     policy.unpin(item(5))
@@ -330,3 +458,42 @@ def test_a_policy_says_why() -> None:
     assert policy.why(item(50)) == "not yet used in this epoch" and policy.is_wanted(item(50))
     policy.epoch_began()
     assert policy.why(item(50)) == "not used in the last epoch"
+
+
+@pytest.mark.parametrize("policy", [EpochPolicy(), AutoPolicy()])
+def test_what_somebody_asked_for_keeps_its_turn_in_a_known_order(policy: EvictionPolicy) -> None:
+    filled(policy, 40)
+    policy.expect(item(0), Next(100))
+    policy.want(item(0))
+    assert policy.next_of(item(0)) == Next(100) and policy.expected_bytes == 1
+    assert policy.why(item(0)) == "expected by the running epoch, in its order"
+    policy.expect(item(1), Next(200, later=True))
+    assert policy.why(item(1)) == "expected by the next epoch, in its order"
+
+
+def test_a_pinned_item_that_was_hot_is_held_by_its_pin_alone() -> None:
+    policy = AutoPolicy()
+    filled(policy, 400)
+    for first in range(1, 400, 40):
+        policy.touched(item(0))
+        for other in range(first, min(first + 40, 400)):
+            policy.touched(item(other))
+    assert policy.why(item(0)) == "used far more often than the others"
+    policy.want(item(0))
+    assert policy.why(item(0)) == "used far more often than the others"
+    policy.pin(item(0))
+    for _ in range(9):
+        policy.touched(item(0))
+        policy.added(item(0), 2, used=True)
+        policy.epoch_began()
+    assert (policy.why(item(0)), policy.pinned_bytes) == (PINNED, 2)
+    policy.unpin(item(0))
+    assert policy.why(item(0)) == "not yet used in this epoch"
+
+
+def test_a_group_that_grows_is_not_used_the_more_for_it() -> None:
+    policy = AutoPolicy()
+    filled(policy, 100)
+    for size_bytes in range(2, 12):
+        policy.added(item(7), size_bytes, used=True)
+    assert policy.why(item(7)) == "used a moment ago" and policy.size_of(item(7)) == 11

@@ -296,7 +296,7 @@ def test_a_file_that_the_order_has_twice_counts_once() -> None:
     assert following.opens == 1
     assert following.upcoming(9) == [5, 6, 4] or following.upcoming(9) == [5, 6]
     following.note_open(7)  # Not in it.
-    assert following.positions([5, 6]) == [1, 2]
+    assert [following.due_at(file) for file in (5, 6)] == [1, 2]
 
 
 @given(
@@ -367,22 +367,41 @@ def test_once_it_is_found_what_comes_next_is_what_is_read_next() -> None:
         upcoming.used(place, 0.0)
         status[place] = 1
     assert upcoming.is_known and upcoming.name == "torch with seed 3"
-    assert taken(upcoming, status, 50) == order[20:70]
+    assert taken(upcoming, status, 40) == order[20:60]
 
 
 def test_the_window_moves_with_the_readers() -> None:
     """Asked for all it has, it stays a bounded number of files ahead; each use lets it go on."""
     order = Spec("torch", 3).order(5000).tolist()
     upcoming, status = upcoming_of(5000), bytearray(5000)
-    for place in order[:20]:
-        upcoming.used(place, 0.0)
+    upcoming.lead_s = 0.25
+    for number, place in enumerate(order[:20]):
+        upcoming.used(place, number / 100)
         status[place] = 1
     ahead = taken(upcoming, status, 5000)
-    assert 100 <= len(ahead) <= 500
-    for place in order[20:100]:
-        upcoming.used(place, 0.0)
+    assert 48 <= len(ahead) <= 300
+    for number, place in enumerate(order[20:100], 20):
+        upcoming.used(place, number / 100)
         status[place] = 1
-    assert 50 <= len(taken(upcoming, status, 5000)) <= 250
+    further = taken(upcoming, status, 5000)
+    assert 16 <= len(further) <= 250 and not set(further) & set(ahead)
+
+
+@pytest.mark.parametrize(("rate", "lead_s", "most"), [(100, 0.3, 110), (2000, 0.3, 1300), (2000, 0.02, 130)])
+def test_the_window_is_as_small_as_rate_and_latency_allow(rate: int, lead_s: float, most: int) -> None:
+    """One reader goes through the order at *rate* files a second: all that it reads was asked for in time."""
+    order = Spec("torch", 3).order(5000).tolist()
+    upcoming, status, asked_at = upcoming_of(5000), bytearray(5000), dict[int, int]()
+    upcoming.lead_s = lead_s
+    windows, late = [], 0
+    for number, place in enumerate(order[:4000]):
+        late += number > 1000 and number - asked_at.get(place, number) < rate * lead_s
+        upcoming.used(place, number / rate)
+        status[place] = 1
+        if upcoming.is_known:
+            asked_at |= dict.fromkeys(taken(upcoming, status, 5000), number)
+        windows.append(status.count(2))
+    assert max(windows[1000:]) <= most and late == 0
 
 
 @pytest.mark.parametrize("advance", ["reseed", "repeat"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,17 @@ def test_nginx_passes_all_on_late(s3_server: SeaweedServer, shared_bucket: str) 
             assert time.monotonic() - start_s >= 0.03
     finally:
         proxy.close()
+
+
+def test_a_slow_proxys_connections_share_its_bandwidth(s3_server: SeaweedServer, shared_bucket: str) -> None:
+    """Four replies of 50 KB at 400 KB/s take half a second, however many connections they come over."""
+    with SlowProxy(s3_server.endpoint_url, Faults(bytes_per_s=400_000.0)) as proxy:
+        s3_server.client().put_object(Bucket=shared_bucket, Key="proxy/line", Body=bytes(50_000))
+        client = s3_server.client(proxy.endpoint_url)
+        start_s = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            replies = pool.map(
+                lambda _: client.get_object(Bucket=shared_bucket, Key="proxy/line")["Body"].read(), range(4)
+            )
+            assert [len(reply) for reply in replies] == [50_000] * 4
+        assert time.monotonic() - start_s >= 0.5

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import lmdb
+import outcome
 import pytest
 import trio
+import trio.lowlevel
 from trio.testing import wait_all_tasks_blocked
 
 from cache.committer import Change, Committer
@@ -17,6 +20,13 @@ from cache.errors import CacheError, NameExists
 from cache.index import Index, IndexWriter
 
 _WAIT_S = 30.0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once the condition holds: what is awaited ends in other threads."""
+    with trio.fail_after(_WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.001)
 
 
 class Gate:
@@ -295,3 +305,53 @@ async def test_a_commit_at_once_takes_those_that_wait_along_and_leaves_the_commi
         await committer.commit(put("n"))
     assert index.meta(b"n")
     nursery.cancel_scope.cancel()
+
+
+async def test_what_is_submitted_is_told_once_and_in_batches(one_thread: Engine) -> None:
+    told: list[object] = []
+    for number in range(20):
+        one_thread.submit(partial(int, number), lambda result: told.append(result.unwrap()), demand=False)
+    one_thread.submit(lambda: 1 // 0, told.append, demand=False)
+    await until(lambda: len(told) == 21)
+    assert told[:20] == [*range(20)] and isinstance(told[20], outcome.Error)
+
+
+@pytest.mark.parametrize("demand", [True, False])
+async def test_what_follows_a_job_may_fail_alone(
+    one_thread: Engine, demand: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[object] = []
+    one_thread.submit(lambda: 1, lambda result: 1 // 0, demand=demand)
+    one_thread.submit(lambda: 2, told.append, demand=demand)
+    while not told:
+        await trio.lowlevel.checkpoint()
+    assert "what follows a job failed" in caplog.text
+    assert await one_thread.run(lambda: 3) == 3
+
+
+async def test_jobs_that_had_to_wait_for_a_thread_of_the_read_ahead_all_run() -> None:
+    """Tokens that were dropped while nothing might be taken are made up for."""
+    engine, told = Engine("test", 4, reserved=3), list[int]()
+    for number in range(50):
+        engine.submit(partial(int, number), lambda result: told.append(result.unwrap()), demand=False)
+        assert await engine.run(lambda: "asked") == "asked"
+    while len(told) < 50:
+        await trio.lowlevel.checkpoint()
+    assert told == [*range(50)]
+    engine.stop()
+
+
+async def test_a_commit_tells_what_became_of_it(tmp_path: Path) -> None:
+    index = Index(tmp_path)
+    committer, told = Committer(index), list[object]()
+
+    def refuse(writer: IndexWriter) -> None:
+        raise NameExists("there is one")
+
+    committer.commit_then(lambda writer: writer.set_meta(b"lake", b"1"), told.append)
+    committer.commit_then(refuse, told.append)
+    committer.commit_then(lambda writer: writer.set_meta(b"boot", b"2"), lambda error: 1 // 0)
+    committer.flush()
+    assert told[0] is None and isinstance(told[1], NameExists)
+    assert (index.meta(b"lake"), index.meta(b"boot")) == (b"1", b"2")
+    index.close()

@@ -152,6 +152,8 @@ class Backwards:
 
     name = "told"
     is_known = True
+    changes = 0
+    lead_s = 0.0
 
     def __init__(self, members: Members) -> None:
         self._count = len(members)
@@ -165,6 +167,15 @@ class Backwards:
     def next_place(self, status: bytearray, frontier: int | None) -> int | None:
         place = status.rfind(0)
         return None if place < 0 else place
+
+    def put_back(self, place: int) -> None:
+        pass
+
+    def due(self, place: int) -> int | None:
+        return self._count - place
+
+    def due_later(self, place: int) -> int | None:
+        return None
 
 
 async def test_with_a_known_order_the_shards_that_come_next_are_fetched(tmp_path: Path) -> None:
@@ -280,7 +291,7 @@ async def test_a_file_that_does_not_fit_beside_what_an_epoch_needs_is_not_fetche
         (file,) = await at.folder()
         for version in small.values():
             await at.cache.fetch(version)
-            at.cache.residency.expect(version.id, expected=True)
+            at.cache.residency.expect(version.id)
         await read_records(at, file, 10**9, seed=1)
         await at.settled()
         assert all(at.cache.resident_bytes(version) is not None for version in small.values())

@@ -9,8 +9,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from cache.errors import AccessDenied, LakeUnavailable, SluiceError, UsageError
-from cache.keeping import Keeper
 from cache.model import KIB, MIB, Inode
+from cache.pinning import Keeper
 from cache.pins import Pins, ancestors
 from cache.policy.eviction import ItemId
 from cache.walking import Found, Walker

@@ -37,7 +37,7 @@ def test_the_defaults_are_those_of_the_help(here: Path) -> None:
     assert (config.lake.url, config.mountpoint) == (str(here / "lake"), here / "mnt")
     assert config.caches == (CacheDirectory(here / "cache", None),)
     assert 0 <= config.dram_bytes <= 4 * GIB
-    assert (config.ttl_s, config.policy, config.retry_s, config.fetch_threads) == (60.0, "epoch", 30.0, 32)
+    assert (config.ttl_s, config.policy, config.retry_s, config.fetch_threads) == (60.0, "auto", 30.0, 32)
     assert config.workers >= 1
     assert (config.uid, config.gid) == (os.getuid(), os.getgid())
     assert (config.read_only, config.immutable, config.foreground, config.log_level) == (
@@ -160,7 +160,7 @@ BAD_ARGUMENTS = [
     ("lake mnt --workers 257", ["--workers 257", "from 0 to 256"]),
     ("lake mnt --workers -1", ["--workers -1", "from 0 to 256"]),
     ("lake mnt --workers 1.5", ["--workers 1.5", "whole number"]),
-    ("lake mnt --policy fifo", ["--policy fifo", "epoch, lru"]),
+    ("lake mnt --policy fifo", ["--policy fifo", "auto, epoch, lru"]),
     ("lake mnt --endpoint-url localhost:9000", ["--endpoint-url localhost:9000", "http://host:9000"]),
     ("lake mnt --endpoint-url http://", ["--endpoint-url http://", "http://host:9000"]),
     ("lake mnt --endpoint-url http://h:x", ["--endpoint-url http://h:x", "http://host:9000"]),

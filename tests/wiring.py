@@ -30,10 +30,11 @@ from cache.mover import open_index
 from cache.opens import OpenTable
 from cache.pending import PendingTable
 from cache.places import Tier
-from cache.policy.eviction import make_policy
 from cache.policy.freshness import Freshness
+from cache.policy.policies import make_policy
 from cache.policy.readahead import SequentialReadAhead
 from cache.policy.retry import RetryPolicy
+from cache.quick import QuickFills
 from cache.records import Node
 from cache.residency import Residency
 from cache.restore import restore
@@ -244,7 +245,8 @@ async def open_cache(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
             readahead = SequentialReadAhead(window_bytes_max)
-            fetcher = Fetcher(nursery, lake_io, index, residency, readahead, ahead_flights_max)
+            quick = QuickFills(residency, committer, lake_engine)
+            fetcher = Fetcher(nursery, lake_io, index, residency, readahead, ahead_flights_max, quick)
             lister = Lister(nursery, lake_io, index, committer, Freshness(ttl_s, immutable), send, table)
             if with_tiers:
                 await restore(residency, index, committer, disk_engine)

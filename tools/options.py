@@ -93,7 +93,13 @@ OPTIONS = (
     Option(
         "workers", kinds.count(0, 256), "processes that answer; 0: one for all", "one for each two cores", "N"
     ),
-    Option("policy", kinds.choice("epoch", "lru"), "what leaves a full cache first", "epoch", "epoch|lru"),
+    Option(
+        "policy",
+        kinds.choice("auto", "epoch", "lru"),
+        "what leaves a full cache first; auto: by what is seen, epochs, scans or files read again and again",
+        "auto",
+        "auto|epoch|lru",
+    ),
     Option(
         "read-ahead",
         kinds.choice("none", "file", "set"),
@@ -337,7 +343,7 @@ def _build(values: Values) -> MountConfig:
         immutable=values.get("immutable", False),
         ttl_s=values.get("ttl", 60.0),
         workers=values.get("workers", max(1, len(os.sched_getaffinity(0)) // 2)),
-        policy=values.get("policy", "epoch"),
+        policy=values.get("policy", "auto"),
         read_ahead=values.get("read-ahead", "set"),
         profile=values.get("profile", "auto"),
         passthrough=values.get("passthrough", "auto"),

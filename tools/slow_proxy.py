@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -36,6 +36,7 @@ class Faults:
     """How badly the proxy behaves. The shares are probabilities and add up to at most 1."""
 
     latency_s: float = 0.0  # Slept before each request is passed on.
+    bytes_per_s: float = 0.0  # Of the bodies of all replies together; 0: as fast as it goes.
     slow_down_share: float = 0.0  # 503 SlowDown.
     error_share: float = 0.0  # 500 InternalError.
     reset_share: float = 0.0  # The connection is reset instead of an answer.
@@ -58,6 +59,23 @@ class Faults:
                 return kind
             roll -= share
         return None
+
+
+class _Line:
+    """What the replies of all connections share: so many bytes a second, first come, first served."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._free_at_s = 0.0
+
+    def wait_turn(self, size_bytes: int, bytes_per_s: float) -> None:
+        """Return when a piece of *size_bytes* would have come over the line."""
+        if not bytes_per_s:
+            return
+        with self._mutex:
+            now_s = time.monotonic()
+            self._free_at_s = arrives_s = max(now_s, self._free_at_s) + size_bytes / bytes_per_s
+        time.sleep(arrives_s - now_s)
 
 
 class SlowProxy:
@@ -84,6 +102,7 @@ class SlowProxy:
         self._requests: Counter[str] = Counter()
         self._faults_dealt: Counter[str] = Counter()
         self._planned: deque[FaultKind] = deque()
+        self._line = _Line()
         self._connections: set[socket.socket] = set()
         self._closing = threading.Event()
         self._listener: socket.socket | None = None
@@ -187,7 +206,10 @@ class SlowProxy:
             return False
         if fault in _REPLIES:
             return connection.refuse(head, *_REPLIES[fault])
-        return connection.exchange(head, truncate=fault == "truncate")
+        return connection.exchange(head, self._hold_up, truncate=fault == "truncate")
+
+    def _hold_up(self, piece: bytes) -> None:
+        self._line.wait_turn(len(piece), self.faults.bytes_per_s)
 
     def _next_fault(self, method: str) -> FaultKind | None:
         faults = self.faults
@@ -323,8 +345,11 @@ class _Connection:
         raw = self._requests().read_until(b"\r\n\r\n", _HEAD_BYTES_MAX)
         return None if raw is None else _Head(raw)
 
-    def exchange(self, head: _Head, *, truncate: bool) -> bool:
-        """Pass the request on and the reply back. Return whether the connection goes on."""
+    def exchange(self, head: _Head, hold_up: Callable[[bytes], None], *, truncate: bool) -> bool:
+        """Pass the request on and the reply back. Return whether the connection goes on.
+
+        *hold_up* is called with each piece of the reply's body before it is passed on.
+        """
         upstream = self._connect()
         upstream.socket.sendall(head.raw)
         for piece in self._request_body(head):
@@ -337,6 +362,7 @@ class _Connection:
         self.client.sendall(reply.raw)
         if not bodiless:
             for piece in upstream.body(reply, until_close=True):
+                hold_up(piece)
                 self.client.sendall(piece)
         unframed = not bodiless and not reply.is_chunked and reply.content_length is None
         return not (unframed or reply.closes or head.closes)

@@ -7,9 +7,11 @@ version id, and 4 of group number for a group.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from itertools import chain, islice
 from typing import NewType, Protocol
+
+from cache.policy.due import SOME_TIME, ByDue, Next
 
 ItemId = NewType("ItemId", bytes)
 
@@ -28,13 +30,21 @@ class EvictionPolicy(Protocol):
     def removed(self, item: ItemId) -> None:
         """*item* has left the tier. Unknown items are ignored."""
 
-    def expect(self, item: ItemId) -> None:
-        """A recognised epoch will use *item*: it leaves last. Unknown items are ignored."""
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        """A recognised epoch will use *item*: it leaves last. Unknown items are ignored.
+
+        Of items whose turn is known, what is used last leaves first. What only the epoch after
+        this one uses leaves before all that this one does.
+        """
 
     def release(self, item: ItemId) -> None:
         """Take `expect` back: the epoch went no further."""
 
-    def is_expected(self, item: ItemId) -> bool: ...
+    def passed(self, item: ItemId) -> None:
+        """A scan has read *item* and gone on: nobody will soon. Unknown items are ignored."""
+
+    def next_of(self, item: ItemId) -> Next | None:
+        """Return what `expect` last said of the item and no use has made untrue since, else None."""
 
     def want(self, item: ItemId) -> None:
         """Somebody asked to have *item* here: it leaves after what nobody asked for. No use."""
@@ -58,11 +68,18 @@ class EvictionPolicy(Protocol):
         """Return what decides when *item* leaves, for people; None when it is not in the tier."""
 
     @property
-    def expected_bytes(self) -> int: ...
+    def expected_bytes(self) -> int:
+        """Return the bytes of what this epoch of some set is expected to use."""
 
     @property
     def spare_bytes(self) -> int:
         """Return the bytes of what read-ahead may push out: no recognised epoch still needs it."""
+
+    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
+        """Return the bytes, beside `spare_bytes`, of what is used clearly after *due*.
+
+        Counting may stop at *enough_bytes*.
+        """
 
     def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
         """Return the items to evict, first to leave first, so that *need_bytes* come free.
@@ -134,14 +151,17 @@ class LruPolicy:
         self._items.take(item)
         self._pinned.take(item)
 
-    def expect(self, item: ItemId) -> None:
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
         pass  # It knows of no future.
 
     def release(self, item: ItemId) -> None:
         pass
 
-    def is_expected(self, item: ItemId) -> bool:
-        return False
+    def passed(self, item: ItemId) -> None:
+        pass
+
+    def next_of(self, item: ItemId) -> Next | None:
+        return None
 
     def want(self, item: ItemId) -> None:
         self.touched(item)  # It knows of uses only.
@@ -173,6 +193,9 @@ class LruPolicy:
     def expected_bytes(self) -> int:
         return 0
 
+    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
+        return 0
+
     @property
     def spare_bytes(self) -> int:
         return 0  # What was used last would go for what may never be used.
@@ -193,14 +216,16 @@ class LruPolicy:
 class EpochPolicy:
     """For shuffled epochs: a set that stays is worth more than what came last.
 
-    Each item is in one of six queues, each in order of use. They leave in this order:
+    Each item is in one of eight queues, each in order of use. They leave in this order:
       idle    not used in the whole of the last epoch
       used    used in this epoch, *newest first*: so one miss replaces the last one, and the rest
               stays for the next epoch, however late that is recognised
       again   used a second time since this epoch began: the next one may have begun
+      later   told from outside: when the next epoch will use it. The furthest first
       needed  used in the last epoch or brought unasked, not yet used in this one
       recent  used a moment ago: somebody may still be reading it
-      expected  told from outside: a recognised epoch has not used it yet
+      planned told from outside: when this epoch will use it. The furthest first
+      expected  told from outside: a recognised epoch has not used it yet, and may at any time
     The newest few of `recent` leave after `expected`. What is pinned never leaves.
     With random orders and a fraction C of a set cached, an epoch then fetches (1 - C) of it.
     Least recently used first would fetch nearly all of it (0.98 at C = 0.2, 0.85 at 0.5).
@@ -223,9 +248,12 @@ class EpochPolicy:
         self._again = _Queue()
         self._needed = _Queue()
         self._expected = _Queue()
+        self._later: ByDue[ItemId] = ByDue()
+        self._planned: ByDue[ItemId] = ByDue()
         self._recent = _Queue()
         self._pinned = _Queue()
         self._recent_again: set[ItemId] = set()  # Those of `recent` that go on to `again`.
+        self._recent_later: dict[ItemId, int] = {}  # Those that go on to `later`, and when they are due.
         self._gone_unused = 0  # Items that left since one was used.
         self.epochs = 0
 
@@ -268,22 +296,40 @@ class EpochPolicy:
             if self._gone_unused > max(self._AGAIN_MIN, len(self)):
                 self.epoch_began()
 
-    def expect(self, item: ItemId) -> None:
-        self._put_into(self._expected, item)
+    def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
+        if item in self._pinned:
+            return
+        if next.later and next.due is not None and item in self._recent:
+            self._recent_later[item] = next.due
+            return
+        if (size_bytes := self._take_out(item)) is None:
+            return
+        if next.due is None:
+            self._expected.put(item, size_bytes)
+        else:
+            (self._later if next.later else self._planned).put(item, size_bytes, next.due)
 
     def _put_into(self, queue: _Queue, item: ItemId) -> None:
         if item not in self._pinned and (size_bytes := self._take_out(item)) is not None:
             queue.put(item, size_bytes)
 
     def release(self, item: ItemId) -> None:
-        if (size_bytes := self._expected.take(item)) is not None:
+        if self.next_of(item) is not None and (size_bytes := self._take_out(item)) is not None:
             self._idle.put(item, size_bytes)
 
-    def is_expected(self, item: ItemId) -> bool:
-        return item in self._expected
+    def passed(self, item: ItemId) -> None:
+        pass  # What was used last leaves first in any case.
+
+    def next_of(self, item: ItemId) -> Next | None:
+        if item in self._expected:
+            return SOME_TIME
+        if (due := self._planned.due(item)) is not None:
+            return Next(due)
+        due = self._recent_later.get(item, self._later.due(item))
+        return None if due is None else Next(due, later=True)
 
     def want(self, item: ItemId) -> None:
-        if item not in self._expected:
+        if item not in self._expected and item not in self._planned:
             self._put_into(self._needed, item)
 
     def is_wanted(self, item: ItemId) -> bool:
@@ -304,24 +350,32 @@ class EpochPolicy:
         return self._pinned.size_bytes
 
     def why(self, item: ItemId) -> str | None:
-        reasons = (
+        return next((reason for queue, reason in self._reasons() if item in queue), None)
+
+    def _reasons(self) -> tuple[tuple[Container[ItemId], str], ...]:
+        return (
             (self._pinned, PINNED),
             (self._idle, "not used in the last epoch"),
             (self._used, "used in this epoch"),
             (self._again, "used again in this epoch"),
+            (self._later, "expected by the next epoch, in its order"),
             (self._needed, "not yet used in this epoch"),
             (self._recent, "used a moment ago"),
+            (self._planned, "expected by the running epoch, in its order"),
             (self._expected, "expected by the running epoch"),
         )
-        return next((reason for queue, reason in reasons if item in queue), None)
 
     @property
     def expected_bytes(self) -> int:
-        return self._expected.size_bytes
+        return self._expected.size_bytes + self._planned.size_bytes
 
     @property
     def spare_bytes(self) -> int:
-        return sum(queue.size_bytes for queue in (self._idle, self._used, self._again, self._needed))
+        spare = (self._idle, self._used, self._again, self._later, self._needed)
+        return sum(queue.size_bytes for queue in spare)
+
+    def bytes_beyond(self, due: int, enough_bytes: int) -> int:
+        return self._planned.bytes_beyond(due, enough_bytes)
 
     def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
         return _take(self._in_order(), need_bytes, staying)
@@ -338,50 +392,67 @@ class EpochPolicy:
     def __len__(self) -> int:
         return sum(map(len, self._queues()))
 
-    def _queues(self) -> tuple[_Queue, ...]:
+    def _queues(self) -> tuple[_Queue | ByDue[ItemId], ...]:
         return (
             self._used,
             self._needed,
             self._recent,
             self._expected,
+            self._planned,
+            self._later,
             self._again,
             self._idle,
             self._pinned,
         )
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
-        older = max(0, len(self._recent) - self._IN_HANDS)
+        return chain(self._leave_gladly(), self._leave_late())
+
+    def _leave_gladly(self) -> Iterator[tuple[ItemId, int]]:
+        """Yield what no epoch is known to need, first to leave first."""
         return chain(
             self._idle.items(),
             reversed(self._used.items()),
             self._again.items(),
+            self._later.items(),
             self._needed.items(),
+        )
+
+    def _leave_late(self) -> Iterator[tuple[ItemId, int]]:
+        older = max(0, len(self._recent) - self._IN_HANDS)
+        return chain(
             islice(self._recent.items(), older),
+            self._planned.items(),
             self._expected.items(),
+            self._held(),
             islice(self._recent.items(), older, None),
         )
+
+    def _held(self) -> Iterator[tuple[ItemId, int]]:
+        """Yield what is kept longer than what epochs expect: for those who derive from this."""
+        return iter(())
 
     def _use(self, item: ItemId, size_bytes: int, *, again: bool) -> None:
         self._recent.put(item, size_bytes)
         if again:
             self._recent_again.add(item)
         while len(self._recent) > max(1, min(self._RECENT_MAX, len(self) // self._RECENT_SHARE)):
-            older = next(iter(self._recent))
-            queue = self._again if older in self._recent_again else self._used
-            self._recent_again.discard(older)
-            queue.put(older, self._recent.take(older) or 0)
+            self._pass_on(next(iter(self._recent)))
+
+    def _pass_on(self, item: ItemId) -> None:
+        """Move the item from `recent` to where it stays until its next use."""
+        again, due = item in self._recent_again, self._recent_later.get(item)
+        size_bytes = self._take_out(item) or 0
+        if due is not None:
+            self._later.put(item, size_bytes, due)
+        else:
+            (self._again if again else self._used).put(item, size_bytes)
 
     def _take_out(self, item: ItemId) -> int | None:
         """Take *item* out of its queue; return its size in bytes, None when it was in none."""
         self._recent_again.discard(item)
+        self._recent_later.pop(item, None)
         for queue in self._queues():
             if item in queue:
                 return queue.take(item)
         return None
-
-
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LruPolicy, "epoch": EpochPolicy}
-
-
-def make_policy(name: str) -> EvictionPolicy:
-    return POLICIES[name]()

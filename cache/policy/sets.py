@@ -72,6 +72,8 @@ class Upcoming(Protocol):
 
     name: str  # `sluice status` shows it: "unknown", "told", "torch RandomSampler seed 0", ...
     is_known: bool  # Then it says itself how far ahead to go; else the set's caution does.
+    changes: int  # How often what `due` and `due_later` say has become another order's.
+    lead_s: float  # Told by who fetches: how long before its use a member has to be asked for.
 
     def used(self, place: int, now_s: float) -> None:
         """A member was used the first time in this epoch. *now_s*: on the clock of the uses."""
@@ -83,9 +85,19 @@ class Upcoming(Protocol):
         """Return the place of the member to fetch next; None: nothing now, ask again after a use.
 
         *status* holds a byte for each place; only places that are OPEN there may be returned (one
-        that is not is resident, under way, used, or can't be had). *frontier*: in a scan, the
+        that is not is resident, under way, used, or can't be had). Who knows the order may return a
+        DONE one, too, that was not used: what was resident may have left since. *frontier*: in a scan, the
         place that was reached last.
         """
+
+    def put_back(self, place: int) -> None:
+        """The member returned last could not be fetched now: there is no room."""
+
+    def due(self, place: int) -> int | None:
+        """Return which use of the set, over all epochs, the member's in this one is; None: not known."""
+
+    def due_later(self, place: int) -> int | None:
+        """Return the same of its use in the next epoch."""
 
 
 class ListingOrder:
@@ -93,6 +105,8 @@ class ListingOrder:
 
     name = "unknown"
     is_known = False
+    changes = 0
+    lead_s = 0.0
 
     def used(self, place: int, now_s: float) -> None:
         pass
@@ -103,6 +117,15 @@ class ListingOrder:
     def next_place(self, status: bytearray, frontier: int | None) -> int | None:
         place = status.find(OPEN, 0 if frontier is None else frontier)
         return None if place < 0 else place
+
+    def put_back(self, place: int) -> None:
+        pass
+
+    def due(self, place: int) -> int | None:
+        return None
+
+    def due_later(self, place: int) -> int | None:
+        return None
 
 
 MakeUpcoming = Callable[[Members], Upcoming]
@@ -273,13 +296,13 @@ class SampleSet:
         """Return the place of the member to fetch now, which is AHEAD from here on; None: none."""
         pattern = self.pattern
         is_bold = self.upcoming.is_known and not self.large
-        if not is_bold and self._unused_ahead >= self._ahead_max(pattern):
+        if not is_bold and self.unused_ahead >= self._ahead_max(pattern):
             return None
         frontier = self._near[-1] if pattern is Pattern.SCAN else None
         place = self.upcoming.next_place(self.status, frontier)
         if place is None:
             return None
-        assert self.status[place] == OPEN, (place, self.status[place])
+        assert self.status[place] != AHEAD and not self._used[place], (place, self.status[place])
         self.status[place] = AHEAD
         self._ahead_count += 1
         return place
@@ -303,9 +326,11 @@ class SampleSet:
         if self.status[place] == AHEAD:
             self.status[place] = OPEN
             self._ahead_count -= 1
+            self.upcoming.put_back(place)
 
     @property
-    def _unused_ahead(self) -> int:
+    def unused_ahead(self) -> int:
+        """Return how many members were fetched ahead in this epoch and not used yet."""
         return self._ahead_count - self._ahead_used
 
     def _ahead_max(self, pattern: Pattern) -> int:

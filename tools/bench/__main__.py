@@ -31,6 +31,7 @@ from tools.bench import (
     namespace_memory,
     opens,
     order_found,
+    order_known,
     random_records,
     report,
     sequential,
@@ -38,6 +39,7 @@ from tools.bench import (
     shards,
     small_writes,
     warm_epochs,
+    watching,
 )
 from tools.bench.figures import Figure, MeasurementFailed, machine, progress
 from tools.bench.peers.install import default_directory, install
@@ -69,6 +71,8 @@ MODULES: dict[str, ModuleType] = {
         find,
         namespace_memory,
         order_found,
+        order_known,
+        watching,
     )
 }
 # Where peers take part.

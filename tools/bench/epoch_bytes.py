@@ -35,7 +35,7 @@ def measure(settings: Settings) -> list[Figure]:
 
 
 def _figure(settings: Settings, endpoint: Endpoint, keys: Sequence[str], share: float) -> Figure:
-    size_bytes = max(TIER_BYTES_MIN, int(share * len(keys) * _charged_bytes()))
+    size_bytes = max(TIER_BYTES_MIN, int(share * len(keys) * charged_bytes()))
     epochs = max(2, settings.rounds)
     ours, wasted_bytes = _epochs(settings, endpoint, keys, size_bytes, epochs, ["--read-ahead=set"])
     lru, _ = _epochs(settings, endpoint, keys, size_bytes, 2, ["--read-ahead=file", "--policy=lru"])
@@ -53,7 +53,7 @@ def _figure(settings: Settings, endpoint: Endpoint, keys: Sequence[str], share: 
     )
 
 
-def _charged_bytes() -> int:
+def charged_bytes() -> int:
     return charge(FILE_BYTES) + _LABEL_BYTES
 
 
@@ -82,7 +82,7 @@ def _epochs(
             shares = readers.shuffled_shares(files, LOADERS, seed=epoch)
             readers.timed(prepare_past_page_cache, shares, expected_bytes)
             fetched_bytes = mount.status()["lake_io"]["bytes_fetched"] - before
-            optimum_bytes = expected_bytes - held // _charged_bytes() * FILE_BYTES
+            optimum_bytes = expected_bytes - held // charged_bytes() * FILE_BYTES
             if epoch:
                 ratios.append(fetched_bytes / optimum_bytes)
             progress(f"{NAME}: {' '.join(options)}: epoch {epoch + 1}: {fetched_bytes / optimum_bytes:.3f}")
@@ -92,10 +92,10 @@ def _epochs(
 
 def prepare_past_page_cache(paths: Sequence[str]) -> Callable[[], int]:
     """Return what reads each of *paths* once, whatever the page cache has of it."""
-    return lambda: sum(map(_read_past_page_cache, paths))
+    return lambda: sum(map(read_past_page_cache, paths))
 
 
-def _read_past_page_cache(path: str) -> int:
+def read_past_page_cache(path: str) -> int:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -12,7 +12,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from cache.policy.eviction import POLICIES, EvictionPolicy, ItemId
+from cache.policy.eviction import EvictionPolicy, ItemId
+from cache.policy.policies import POLICIES
 
 
 class Cache(Protocol):

@@ -75,14 +75,17 @@ class Following:
             self._note(int(self._position_of[file]))
         self._doubted_from = max(self._opens, self._grace)
 
-    def upcoming(self, limit: int, wanted: NDArray[np.bool_] | None = None) -> list[int]:
+    def upcoming(
+        self, limit: int, wanted: NDArray[np.bool_] | None = None, within: int | None = None
+    ) -> list[int]:
         """Return the next *limit* files that are not opened nor passed by, soonest first.
 
-        *wanted*: by file, whether it may be returned; those that are resident need not be.
+        *wanted*: by file, whether it may be returned; those that are resident need not be. *within*:
+        no further than so many positions behind one that was opened.
         """
         self._pass_by()
         start, top = self._passed, self._top()
-        for stop in self._stops(limit, top):
+        for stop in self._stops(limit, top, within):
             positions = np.arange(start, stop)
             due = self._opened_at[start:stop] == 0
             last_opened = np.maximum.accumulate(np.where(due, start - 1, positions))
@@ -92,17 +95,21 @@ class Following:
                 due &= self._ours[positions % len(self._ours)]
             if np.count_nonzero(due[top + 1 - start :]) >= limit:
                 break
-        soonest = np.argsort((positions - last_opened)[due], kind="stable")[:limit]
+        behind = (positions - last_opened)[due]
+        soonest = np.argsort(behind, kind="stable")[:limit]
+        if within is not None:
+            soonest = soonest[behind[soonest] <= within]
         files: list[int] = self._files[positions[due][soonest]].tolist()
         return files
 
-    def _stops(self, limit: int, top: int) -> Iterator[int]:
-        """Yield up to where to look: ever further, the end of the order last."""
+    def _stops(self, limit: int, top: int, within: int | None) -> Iterator[int]:
+        """Yield up to where to look: ever further, the end of what may be looked at last."""
+        last = len(self._files) if within is None else min(len(self._files), top + 1 + within)
         stretch = limit + (0 if self._ours is None else len(self._ours))
-        while (stop := top + 1 + stretch) < len(self._files):
+        while (stop := top + 1 + stretch) < last:
             yield stop
             stretch *= 4
-        yield len(self._files)
+        yield last
 
     @property
     def spread(self) -> int:
@@ -113,9 +120,10 @@ class Following:
         """Return those of *files* that will be read: not opened, not passed by, not another's."""
         return {file for file in files if self._is_due(int(self._position_of[file]))}
 
-    def positions(self, files: Iterable[int]) -> list[int]:
-        """Return where in the order each file is: what to evict is what comes last."""
-        return [int(self._position_of[file]) for file in files]
+    def due_at(self, file: int) -> int | None:
+        """Return the file's place in the order if it will still be read: what comes last may leave first."""
+        position = int(self._position_of[file])
+        return position if self._is_due(position) else None
 
     def share_here(self) -> float:
         """Return which part of the order is read through this mount: less than 1 with ranks elsewhere."""
@@ -124,8 +132,12 @@ class Following:
     def then(self, files: Places, grace: int) -> Following:
         """Return a Following of the next epoch's order, with what is known of the ranks."""
         following = Following(files, len(self._position_of), grace=grace)
-        following._ours = self._ours
+        following.take_over(self)
         return following
+
+    def take_over(self, previous: Following) -> None:
+        """Take over what *previous*, of the epoch before, knows of the ranks by now."""
+        self._ours = previous._ours
 
     def _note(self, position: int) -> None:
         if position == NOWHERE or self._opened_at[position]:

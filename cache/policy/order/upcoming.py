@@ -6,12 +6,14 @@ member in an epoch and is asked which member to fetch next.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.policy.order.finder import OPENS_MAX, Finder
 from cache.policy.order.following import GRACE_TOLD, Following
@@ -19,6 +21,7 @@ from cache.policy.order.listings import Listing, listings, make_listing
 from cache.policy.order.samplers import Places, distributed
 from cache.policy.order.spec import Spec
 from cache.policy.order.told import ToldSampler
+from cache.policy.sets import AHEAD, OPEN
 
 T = TypeVar("T")
 # Does the work elsewhere, then calls the second with its result where it was called itself.
@@ -27,7 +30,11 @@ Search = Callable[[Callable[[], T], Callable[[T], None]], None]
 GRACE_NEXT = 32  # Opens before an order that follows from the last epoch's is doubted.
 _OPENS_KEPT_MAX = 4096  # Of an epoch, for an order that is found meanwhile.
 _BATCH = 64
-_AHEAD_MIN = 128  # Files fetched and not used yet; more where readers are far apart.
+# Files fetched and not used yet: what is read while one is fetched, and as much again, since
+# neither is even; so many at least, and more where readers are far apart.
+_AHEAD_MIN = 48
+_AHEAD_TIMES = 2.0
+_REFILL_SHARE = 8  # What comes next is looked up once so much of the window is free.
 
 
 class Fallback(Protocol):
@@ -51,11 +58,39 @@ class Order:
     told: ToldSampler | None = None
 
 
+class _Rate:
+    """How many files a second are read, batches and pauses averaged out."""
+
+    _BIN_S, _PAUSE_S, _SOON_S = 1.0, 4.0, 0.25
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._began_s, self._uses = -1.0, 0
+
+    def used(self, now_s: float) -> None:
+        if self._began_s < 0:
+            self._began_s = now_s
+        self._uses += 1
+        span_s = now_s - self._began_s
+        if span_s < self._BIN_S:
+            return
+        if span_s < self._PAUSE_S:
+            rate = self._uses / span_s
+            self._rate = (self._rate + rate) / 2 if self._rate else rate
+        self._began_s, self._uses = now_s, 0
+
+    def per_s(self, now_s: float) -> float:
+        """Return the rate; of the first second what is known of it."""
+        return self._rate or self._uses / max(self._SOON_S, now_s - self._began_s)
+
+
 class OrderedUpcoming:
     """For one set of *count* files, told by their place in listing order.
 
     *get_paths* returns their paths below the set's directory; it is called where *search* works.
-    Invariant: at most one search is under way; its result counts for the epoch it began in only.
+    Invariants: at most one search is under way; its result counts for the epoch it began in only.
+    `_then` is of the epoch after the one that `_order` is of. The count of uses that `due` goes by
+    is the same for both, so what was due later is due once its epoch has begun.
     """
 
     def __init__(
@@ -71,7 +106,12 @@ class OrderedUpcoming:
         self._fallback = fallback
         self.name = "unknown"  # As `sluice status` shows it.
         self.is_known = False
+        self.changes = 0
+        self.lead_s = 0.0
         self._order: Order | None = None
+        self._then: Order | None = None  # The next epoch's, if it follows from this one's.
+        self._rate = _Rate()
+        self._now_s = 0.0  # When the last use was.
         self._opened: list[int] = []
         self._finder: Finder | None = Finder(count, get_paths)
         self._is_searching = False
@@ -89,6 +129,8 @@ class OrderedUpcoming:
         """A member was used for the first time in this epoch."""
         self._fallback.used(place, now_s)
         self._ahead.discard(place)
+        self._now_s = max(self._now_s, now_s)
+        self._rate.used(self._now_s)
         self._is_exhausted = False
         if len(self._opened) < _OPENS_KEPT_MAX:
             self._opened.append(place)
@@ -102,14 +144,18 @@ class OrderedUpcoming:
     def epoch_began(self, epoch: int) -> None:
         """Another pass has begun. Its order is expected to follow from the last one's."""
         self._fallback.epoch_began(epoch)
-        order = self._order
+        order, then = self._order, self._then
         self._believe(None)
+        self._ahead.clear()
         self._passes += 1
         self._opened = []
-        expected = order.spec.successors() if order is not None and order.spec is not None else []
+        expected = _successors(order)
         self._finder = Finder(self._count, self._get_paths, expected)
         self._is_searching = False
-        if order is not None and expected:
+        if order is not None and then is not None:
+            then.following.take_over(order.following)
+            self._believe(then)
+        elif order is not None and expected:
             self._start(lambda: succeed(order, expected[0]))
 
     def next_place(self, status: bytearray, frontier: int | None) -> int | None:
@@ -120,20 +166,55 @@ class OrderedUpcoming:
             self._refill(self._order.following, status)
         while self._next:
             place = self._next.popleft()
-            if status[place] == 0:
+            if status[place] != AHEAD and self._order.following.due_at(place) is not None:
                 self._ahead.add(place)
                 return place
         return None
 
+    def put_back(self, place: int) -> None:
+        if place in self._ahead:
+            self._ahead.discard(place)
+            self._next.appendleft(place)
+
+    def due(self, place: int) -> int | None:
+        return None if self._order is None else self._use_of(self._order, place, self._passes)
+
+    def due_later(self, place: int) -> int | None:
+        return None if self._then is None else self._use_of(self._then, place, self._passes + 1)
+
+    def _use_of(self, order: Order, place: int, passes: int) -> int | None:
+        position = order.following.due_at(place)
+        return None if position is None else passes * self._count + position
+
     def _refill(self, following: Following, status: bytearray) -> None:
-        ahead_max = _AHEAD_MIN + 2 * following.spread
-        if len(self._ahead) >= ahead_max:
+        window = self._window()
+        ahead_max = window + following.spread
+        if len(self._ahead) + window // _REFILL_SHARE >= ahead_max:
             self._ahead = following.still_due(self._ahead)
         room = min(_BATCH, ahead_max - len(self._ahead))
-        if room > 0:
-            wanted = np.frombuffer(status, np.uint8) == 0
-            self._next.extend(following.upcoming(room, wanted))
+        if room >= min(_BATCH, window // _REFILL_SHARE):
+            wanted = self._wanted(status)
+            within = max(1, int(window / following.share_here()))
+            self._next.extend(following.upcoming(room, wanted, within))
         self._is_exhausted = not self._next
+
+    def _wanted(self, status: bytearray) -> NDArray[np.bool_]:
+        """Return for each member whether it is to be fetched as soon as it is due.
+
+        Of a set that does not fit, what was resident when the epoch began may have made room for what
+        is due sooner. It is looked at once more when its turn comes.
+        """
+        states = np.frombuffer(status, np.uint8)
+        wanted: NDArray[np.bool_] = states == OPEN
+        if not math.isinf(self.lead_s):
+            wanted = states != AHEAD
+            wanted[list(self._ahead)] = False
+        return wanted
+
+    def _window(self) -> int:
+        """Return how many files to have fetched before they are read: as few as the lake's latency allows."""
+        uses = _AHEAD_TIMES * self._rate.per_s(self._now_s) * self.lead_s
+        return int(min(self._count, max(_AHEAD_MIN, uses)))
 
     def _find(self, finder: Finder) -> None:
         opened = self._opened[:OPENS_MAX]
@@ -163,6 +244,19 @@ class OrderedUpcoming:
 
         self._search(work, then)
 
+    def _look_further(self, order: Order) -> None:
+        """Have the next epoch's order made, for what this one has used: some of it is needed soon again."""
+        expected = _successors(order)
+        if not expected:
+            return
+
+        def then(following: Order | None) -> None:
+            if self._order is order:
+                self._then = following
+                self.changes += 1
+
+        self._search(lambda: succeed(order, expected[0]), then)
+
     def _drop(self) -> None:
         """Believe the order no more. One that was found is not looked for again in this epoch."""
         spec = None if self._order is None else self._order.spec
@@ -171,11 +265,19 @@ class OrderedUpcoming:
         self._believe(None)
 
     def _believe(self, order: Order | None) -> None:
-        self._order = order
+        self._order, self._then = order, None
+        self.changes += 1
         self.name = "unknown" if order is None else order.name
         self.is_known = order is not None
         self._next.clear()
         self._is_exhausted = False
+        if order is not None:
+            self._look_further(order)
+
+
+def _successors(order: Order | None) -> list[Spec]:
+    """Return what the next epoch's order may be, likeliest first."""
+    return order.spec.successors() if order is not None and order.spec is not None else []
 
 
 def succeed(order: Order, spec: Spec) -> Order:
