@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import struct
@@ -113,14 +114,27 @@ def close_backing(device: int, backing_id: int) -> None:
 
 
 def set_read_ahead(mountpoint: Path, kib: int) -> str | None:
-    """Set how far the kernel reads ahead in this mount; return None, or why it stays at 128 KiB."""
-    number = os.stat(mountpoint).st_dev
-    path = f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb"
+    """Set how far the kernel reads ahead in this mount; return None, or why it stays at 128 KiB.
+
+    Asks the mount nothing: were all its workers killed meanwhile, even SIGKILL would not end who waits.
+    """
+    path = f"/sys/class/bdi/{_device_number(mountpoint)}/read_ahead_kb"
     try:
         Path(path).write_text(str(kib))
     except OSError as error:
         return f"{path}: {error.strerror}"
     return None
+
+
+def _device_number(mountpoint: Path) -> str:
+    """Return "major:minor" of what is mounted there last, "0:0" if nothing is (proc_pid_mountinfo(5))."""
+    wanted = os.fsencode(mountpoint.parent.resolve() / mountpoint.name)
+    for line in reversed(Path("/proc/self/mountinfo").read_bytes().splitlines()):
+        fields = line.split(b" ")
+        shown = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), fields[4])
+        if shown == wanted:
+            return fields[2].decode()
+    return "0:0"
 
 
 def mount_tmpfs(directory: Path, size_bytes: int) -> str | None:

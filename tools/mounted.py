@@ -52,8 +52,8 @@ class Mounted:
         self.mount()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.unmount_if_mounted()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.unmount_if_mounted(lazy=kind is not None)
 
     def mount(self) -> None:
         """Mount it; returns when it answers. Raises MountFailed."""
@@ -63,12 +63,15 @@ class Mounted:
     def unmount(self) -> None:
         self._sluice("umount", str(self.directory))
 
-    def unmount_if_mounted(self) -> None:
-        """Leave nothing mounted, whatever happened before."""
+    def unmount_if_mounted(self, *, lazy: bool = False) -> None:
+        """Leave nothing mounted, whatever happened before. *lazy*: what is not sent waits for nobody."""
         if not os.path.ismount(self.directory):
             return
         try:
-            self.unmount()
+            if lazy:  # The lake may be gone.
+                self._sluice("umount", "--lazy", str(self.directory))
+            else:
+                self.unmount()
         except (MountFailed, subprocess.TimeoutExpired) as error:
             print(f"{error}; unmounting by force", file=sys.stderr)
             subprocess.run(["fusermount3", "-u", "-z", str(self.directory)], check=False)
