@@ -112,9 +112,8 @@ class Moves:
         """Return what is to be moved, without an ETag if nothing is there. Raises LakeError."""
         node = self._index.node(row.inode) if row.inode else None
         if node is not None and node.etag and self._index.key_of(row.inode) == row.source:
-            return ObjectVersion(
-                source, node.etag, node.size_bytes
-            )  # An operation before may have changed it.
+            # Its metadata may have been restated since the row was made: that is another ETag.
+            return ObjectVersion(source, node.etag, node.size_bytes)
         if row.etag:
             return ObjectVersion(source, row.etag, row.size_bytes)
         try:

@@ -300,6 +300,15 @@ def test_a_dead_mount_is_told_from_a_living_one(mount: LiveMount) -> None:
     assert time.monotonic() - began_s < 30
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_the_kernel_reads_ahead_as_far_as_status_says(mount: LiveMount) -> None:
+    number = os.stat(mount.directory).st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb")
+    told = mount.status()["features"]["kernel_read_ahead"]
+    assert told["on"]
+    until(lambda: f"{setting.read_text().strip()} KiB" == told["reason"], "the setting is made")
+
+
 def test_status_tells_the_stable_keys_of_a_mount(mount: LiveMount) -> None:
     mount.read("d/file")
     shown = json.loads(sluice("status", "--json", mount.directory / "d").stdout)
