@@ -24,7 +24,7 @@ from cache.write_admin import WriteAdmin
 
 Progress = Callable[[dict[str, Any]], Awaitable[bool]]  # Returns whether the command still listens.
 
-_REQUESTS_SHOWN = ("requests", "opens", "opens_passed_through", "reads", "lookups")
+_REQUESTS_SHOWN = ("requests", "opens", "opens_granted", "opens_passed_through", "reads", "lookups")
 _LS_LIMIT_MAX = 100_000
 _TRACE_S_MAX = 7 * 86400.0
 _TRACE_PART = 10_000

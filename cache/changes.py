@@ -120,6 +120,8 @@ class Changes:
                 self._keeper.discard(number)
             if self._opens is not None:
                 self._replaced |= dict.fromkeys(change.replaced, time.monotonic())
+                for inode in change.left:  # Once more: workers see only now that it is to have no grant.
+                    self._opens.withdraw_grant(inode)
         self._sender.wake()
         if isinstance(request, messages.SetXattr):
             self._tell_of_xattrs(request.inode)

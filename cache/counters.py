@@ -16,6 +16,7 @@ import xxhash
 NAMES = (
     "requests",  # FUSE requests of any kind.
     "opens",
+    "opens_granted",  # The channel extension answered them.
     "opens_passed_through",  # Their reads go to the tier's file without a request.
     "reads",
     "lookups",

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 BUCKETS = 4096
 # Of as many requests the table knows whether they were counted. A request may wait for the lake, with
@@ -87,10 +87,19 @@ class OpenState(NamedTuple):
         return self.writers > 0 or self.mode is Mode.UNKNOWN
 
 
+class Grants(Protocol):
+    """Opens for reading that no process counts one by one, see fusefs/grants.py."""
+
+    def count(self, inode: int) -> int: ...
+
+    def withdraw(self, inode: int) -> int: ...
+
+
 class OpenTable:
     """Make it before the fork. All processes together may have `BUCKETS * 28` inodes open."""
 
-    def __init__(self) -> None:
+    def __init__(self, grants: Grants | None = None) -> None:
+        self._grants = grants
         size_bytes = 8 * (_FIRST_BUCKET + BUCKETS * _WORDS)
         self._fd = os.memfd_create("sluice-opens", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, size_bytes)  # Pages that nobody touches take no memory.
@@ -113,7 +122,7 @@ class OpenTable:
     def state(self, inode: int) -> OpenState:
         """Return the state of this moment, without the lock: the next may be another."""
         base = self._base(inode)
-        return self._state(base, self._value(base, inode))
+        return self._state(base, inode, self._value(base, inode))
 
     def held(self, inode: int) -> Held:
         """Return a block's view of one inode: `with table.held(inode) as held: ... held.state`.
@@ -134,6 +143,13 @@ class OpenTable:
                 if state.backing_id and not state.is_open:
                     found.append(inode)
         return found
+
+    def withdraw_grant(self, inode: int) -> bool:
+        """Have each open and release of the inode counted here; return whether some are not.
+
+        These are in cached mode, are part of `state`, and come here when they are released.
+        """
+        return self._grants is not None and self._grants.withdraw(inode) > 0
 
     # Objects in passthrough
 
@@ -235,16 +251,17 @@ class OpenTable:
         keys = self._cells[base + _KEYS : base + _VALUES].tolist()
         return keys.index(key) if key in keys else None
 
-    def _state(self, base: int, value: int) -> OpenState:
+    def _state(self, base: int, inode: int, value: int) -> OpenState:
         readers, writers = value & _READERS_MAX, value >> _WRITERS_SHIFT & _WRITERS_MAX
+        granted = 0 if self._grants is None else self._grants.count(inode)
         backing_id = value >> _BACKING_SHIFT & BACKING_ID_MAX
         if backing_id:
             mode = Mode.PASSTHROUGH if readers or writers else Mode.CLOSED
         elif self._cells[base + _EXCESS]:
             mode = Mode.UNKNOWN
         else:
-            mode = Mode.CACHED if value else Mode.CLOSED
-        return OpenState(readers, writers, mode, backing_id)
+            mode = Mode.CACHED if value or granted else Mode.CLOSED
+        return OpenState(readers + granted, writers, mode, backing_id)
 
     def _put(self, base: int, inode: int, value: int, request: int) -> None:
         """Change or make the inode's entry; 0 takes it away. Where there is no room: the excess."""
@@ -302,7 +319,7 @@ class Held:
 
     @property
     def state(self) -> OpenState:
-        return self._table._state(self._base, self._table._value(self._base, self._inode))
+        return self._table._state(self._base, self._inode, self._table._value(self._base, self._inode))
 
     def opened(self, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one more open; return the state with it.

@@ -71,6 +71,7 @@ class TreeChange:
         self._now_ns = now_ns
         self.created: list[int] = []  # Staging files, to be removed should the transaction fail,
         self.discarded: list[int] = []  # or once it is committed.
+        self.left: list[int] = []  # Inodes without a name now.
         self.replaced: list[int] = []  # Inodes that somebody may be about to open, by the name they had.
 
     def apply(self, request: messages.Change) -> int:
@@ -127,7 +128,11 @@ class TreeChange:
         return above + b"/" + name if above else name
 
     def _is_open(self, inode: int) -> bool:
-        return self._opens is None or self._opens.state(inode).is_open
+        """Return whether somebody has it open: whoever opens or closes it from now on is counted."""
+        if self._opens is None:
+            return True
+        self._opens.withdraw_grant(inode)
+        return self._opens.state(inode).is_open
 
     def _attributes(self, node: Node) -> Attributes:
         return attributes_of(node, self._owner)
@@ -234,6 +239,7 @@ class TreeChange:
             self._w.put_node(inode, replace(node, origin=self._w.key_of(inode)))
         self._w.detach(node.parent, node.name)
         self._w.touch(node.parent, self._now_ns, -1)
+        self.left.append(inode)
         is_replaced = is_replaced and not node.is_directory
         self.replaced += [inode] if is_replaced else []
         if node.is_directory or not (is_replaced or self._is_open(inode)):

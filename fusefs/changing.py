@@ -6,6 +6,7 @@ Every handler reads the request's number as the very first thing: after an await
 from __future__ import annotations
 
 import errno
+import os
 import stat
 
 import pyfuse3
@@ -78,6 +79,8 @@ class ChangingOperations(pyfuse3.Operations):
         if backing_id:
             self.counters.add("opens_passed_through")
             pass_through(id, backing_id)
+        elif flags & os.O_ACCMODE == os.O_RDONLY:
+            writing.grant(handle)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=not backing_id)
 
     @guarded

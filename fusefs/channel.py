@@ -33,20 +33,20 @@ def last_unique() -> int:
     It is the same when the kernel sends the request again because the worker that had it died.
     Call it before the handler's first await: then the next request may have been received.
     """
-    extension = _extension()
+    extension = module()
     return 0 if extension is None else extension.last_unique()
 
 
 def want_passthrough() -> None:
     """Have the session that is initialised next ask the kernel for FUSE_PASSTHROUGH, if possible."""
-    extension = _extension()
+    extension = module()
     if extension is not None:
         extension.want_passthrough()
 
 
 def passthrough_failure() -> str | None:
     """Return None where the kernel agreed to FUSE_PASSTHROUGH, else why it did not."""
-    extension = _extension()
+    extension = module()
     return load() if extension is None else extension.passthrough_failure()
 
 
@@ -56,8 +56,9 @@ def pass_through(unique: int, backing_id: int) -> None:
     Call it just before the handler returns; an error as the answer takes it back. Raises
     ValueError where the kernel did not agree.
     """
-    _extension().pass_through(unique, backing_id)
+    module().pass_through(unique, backing_id)
 
 
-def _extension() -> Any:
+def module() -> Any:
+    """Return the module `_channel`, None where `load` did not load it."""
     return sys.modules.get("fusefs._channel")

@@ -32,6 +32,7 @@ from cache.model import (
 from cache.records import Group, Node, VersionRow, block_checksums, group_key
 from cache.staging import StagingFiles
 from cache.tier import TierFiles
+from fusefs.grants import Grants
 from fusefs.namespace import Namespace
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
 
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 # Of a file handle. Inodes are far smaller; the bits between are those of channel.c.
 WAITED_BIT, WRITING_BIT = 1 << 62, 1 << 59
 COUNTED_BIT = 1 << 58  # The open is counted in the OpenTable, and so is its release.
+GRANTED_BIT = 1 << 63  # channel.c answered the open, see grants.py.
 _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
 _USED_BATCH = 128
 _TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often,
@@ -60,10 +62,12 @@ class Filesystem:
         *,
         no_open: bool = False,
         passthrough: Passthrough | None = None,
+        grants: Grants | None = None,
     ) -> None:
         """*staging*: there on writable mounts. *no_open*: `open_file` is never called, so reads
-        tell which objects are used.
+        tell which objects are used. *grants*: this process's channel answers from it.
         """
+        self._grants = grants
         self._no_open = no_open
         self._passthrough = passthrough
         self.namespace = namespace
@@ -118,9 +122,42 @@ class Filesystem:
             self._note_used(node.vid)
         return handle | COUNTED_BIT, backing_id
 
+    def grant(self, handle: int) -> None:
+        """Have further opens of a file that was opened in cached mode answered by the channel.
+
+        For what is not read in the page cache such an open costs a READ that finds the bytes, or waits.
+        """
+        inode = inode_of(handle)
+        if self._grants is None or (node := self._index.node(inode)) is None or node.staged:
+            return
+        if not 0 < node.size_bytes <= SMALL_OBJECT_BYTES_MAX:
+            return
+        row = self._index.version(node.vid)
+        if row is not None and row.whole:
+            self._grants.give(inode)
+
+    def note_granted_opens(self) -> None:
+        """Note what the channel answered since the last time, for the mover and the counters."""
+        if self._grants is None:
+            return
+        requests, opened = self._grants.drained()
+        if not requests:
+            return
+        self._counters.add("requests", requests)
+        self._counters.add("opens", len(opened))
+        self._counters.add("opens_granted", len(opened))
+        for inode, at_s in opened:
+            node = self._index.node(Inode(inode))
+            if node is not None and not node.staged:
+                self._used_files.append(inode)
+                self._used_at_s.append(at_s)
+                self._used.append(node.vid)
+
     def end(self, handle: int, request: int) -> None:
         """The last descriptor of what was opened as *handle* is closed. *request*: its number."""
-        if self._passthrough is not None and handle & COUNTED_BIT:
+        if handle & GRANTED_BIT and self._grants is not None:
+            self._grants.closed(inode_of(handle))
+        elif self._passthrough is not None and handle & COUNTED_BIT:
             self._passthrough.closed(inode_of(handle), request=request)
 
     def _whole_file(self, node: Node) -> int | None:
@@ -302,6 +339,7 @@ class Filesystem:
     # Use
 
     def _note_file_used(self, inode: Inode, node: Node) -> None:
+        self.note_granted_opens()  # They came before.
         if node.size_bytes <= SMALL_OBJECT_BYTES_MAX:  # Of such are sample sets.
             self._used_files.append(inode)
             self._used_at_s.append(time.time())
@@ -331,6 +369,7 @@ class Filesystem:
     def flush_used(self) -> None:
         """Tell the mover which cached items were used, for its eviction policy, and what was read."""
         self._flush_reads()
+        self.note_granted_opens()
         if self._used:
             self._mover.tell(Used(self._used, self._used_files, self._used_at_s))
             self._used, self._used_files, self._used_at_s = [], [], []

@@ -13,6 +13,7 @@ import pyfuse3
 from cache.config import MountConfig
 from cache.counters import ShownDirectories
 from cache.model import NAME_BYTES_MAX, Inode
+from fusefs import grants
 from fusefs.changing import ChangingOperations
 from fusefs.channel import last_unique, pass_through
 from fusefs.guarding import guarded
@@ -40,6 +41,7 @@ class Operations(ChangingOperations):
     def take_features(self, shared: Shared, device: int) -> None:
         """Do as was chosen once the kernel had answered, before the first request."""
         self.no_open = bool(shared.features["no_open"]["on"])
+        shared.features["granted_opens"] = grants.feature(shared.grants, no_open=self.no_open)
         if shared.features["passthrough"]["on"]:
             self.passthrough = Passthrough(shared.opens, device)
 
@@ -126,6 +128,8 @@ class Operations(ChangingOperations):
         handle, backing_id = self.filesystem.begin(handle, id)  # No await from here on.
         if backing_id:
             pass_through(id, backing_id)
+        else:
+            self.filesystem.grant(handle)
         # The inode is one object version, so what the page cache holds of it is good for ever.
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
 

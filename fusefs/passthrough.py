@@ -82,7 +82,8 @@ class Passthrough:
         state = held.state
         if state.backing_id and state.is_open:
             return state.backing_id
-        fd = backing_fd() if held.may_get_backing else None
+        granted = self.opens.withdraw_grant(inode)  # Those who have it open by it are in cached mode.
+        fd = backing_fd() if held.may_get_backing and not granted else None
         if fd is None:
             if state.is_open:  # Else it was answered by another worker, and closed since.
                 held.answered_cached()

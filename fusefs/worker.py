@@ -67,6 +67,9 @@ def equip(
     if operations.passthrough is not None:
         operations.passthrough.sweep()
     staging = None if config.read_only else StagingFiles(config.index_directory)
+    grants = None if operations.no_open else shared.grants
+    if grants is not None:
+        grants.answer()
     operations.filesystem = filesystem = Filesystem(
         index,
         tiers,
@@ -76,6 +79,7 @@ def equip(
         staging,
         no_open=operations.no_open,
         passthrough=operations.passthrough,
+        grants=grants,
     )
     if staging is None:
         return [filesystem.flush_used_regularly]

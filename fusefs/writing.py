@@ -53,7 +53,7 @@ from cache.opens import OpenTable
 from cache.records import Node
 from cache.staging import StagingFiles
 from fusefs.durability import Durability
-from fusefs.filesystem import WRITING_BIT, Filesystem, inode_of
+from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
 
 log = logging.getLogger(__name__)
@@ -256,10 +256,34 @@ class Writing:
             return None
         return fd
 
+    def grant(self, handle: int) -> None:
+        """Have further opens for reading answered by the channel, if nobody writes to the file.
+
+        Who is about to write, or to take the file's name, does first what is looked at here, and
+        withdraws the grant then: so one of us two sees the other.
+        """
+        if handle & WRITING_BIT or self._opens is None:
+            return
+        inode = inode_of(handle)
+        self._filesystem.grant(handle)
+        if self._opens.state(inode).may_be_written or self._index.is_detached(inode):
+            self._opens.withdraw_grant(inode)
+
     def release(self, handle: int, id: int) -> None:
-        self._count_closed(inode_of(handle), writing=bool(handle & WRITING_BIT), id=id)
+        inode = inode_of(handle)
+        if not handle & GRANTED_BIT:
+            self._count_closed(inode, writing=bool(handle & WRITING_BIT), id=id)
+            return
+        self._filesystem.end(handle, id)
+        if self._opens is not None and not self._opens.state(inode).is_open and self._awaits_close(inode):
+            self._mover.tell(Closed(inode))
 
     def _count_open(self, inode: Inode, *, writing: bool, id: int) -> None:
+        self._count(inode, writing=writing, id=id)
+        if writing and self._opens is not None:
+            self._opens.withdraw_grant(inode)
+
+    def _count(self, inode: Inode, *, writing: bool, id: int) -> None:
         if self._passthrough is not None:
             self._passthrough.counted(inode, writing=writing, request=id)
         elif self._opens is not None:

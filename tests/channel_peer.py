@@ -1,14 +1,18 @@
 """A small file system on a socket instead of /dev/fuse, for test_45_channel.py to talk to.
 
-    python tests/channel_peer.py FD [passthrough]
+    python tests/channel_peer.py FD [passthrough] [grants]
 
 Inode n opens with backing id n - 100 when that is positive. What `getattr` says of an inode tells
 what the extension has noted: the request's number is the size, the process the owner.
+
+With grants, `unlink` of the name "give 5" does so for inode 5 and fails with EBUSY where that says no (also "withdraw 5", "closed 5");
+`readlink` of an inode shows how many have it open, what the extension answered, what was released here.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,8 +28,16 @@ if reason := channel.load():
 import pyfuse3  # noqa: E402
 import trio.lowlevel  # noqa: E402
 
+from fusefs.grants import Grants  # noqa: E402
+
 
 class Peer(pyfuse3.Operations):
+    grants: Grants | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released: list[int] = []
+
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         from fusefs import _channel
 
@@ -68,6 +80,23 @@ class Peer(pyfuse3.Operations):
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         return b"%d" % fh
 
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self.released.append(fh)
+
+    async def unlink(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        assert self.grants is not None
+        verb, inode = os.fsdecode(name).split()
+        if getattr(self.grants, verb)(int(inode)) is False:
+            raise pyfuse3.FUSEError(errno.EBUSY)
+
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        assert self.grants is not None
+        requests, opened = self.grants.drained()
+        shown = [self.grants.count(inode), requests, opened, self.released]
+        return pyfuse3.FileNameT(json.dumps(shown).encode())
+
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         data = pyfuse3.StatvfsData()
         data.f_files = 0 if channel.passthrough_failure() is None else 1
@@ -76,5 +105,9 @@ class Peer(pyfuse3.Operations):
 
 if "passthrough" in sys.argv:
     channel.want_passthrough()
-pyfuse3.init(Peer(), f"/dev/fd/{sys.argv[1]}", set())
+peer = Peer()
+if "grants" in sys.argv:
+    peer.grants = Grants(words=8)
+    peer.grants.answer()
+pyfuse3.init(peer, f"/dev/fd/{sys.argv[1]}", set())
 trio.run(pyfuse3.main)

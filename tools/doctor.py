@@ -168,7 +168,7 @@ def channel_check() -> Check:
         reason: str | None = importlib.import_module("fusefs.channel").load()
     except Exception as error:  # Whatever an extension that was built elsewhere may raise.
         reason = f"{type(error).__name__}: {error}"
-    cost = "one worker only, no passthrough, every open reaches Python"
+    cost = "one worker only, no passthrough, every open is answered by Python"
     mend = "apt install gcc libfuse3-dev pkg-config python3-dev, then install sluicefs again"
     return ok("channel extension", reason or "loaded").unless(reason is None, "off", cost, mend)
 
