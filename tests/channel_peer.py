@@ -5,7 +5,8 @@
 Inode n opens with backing id n - 100 when that is positive. What `getattr` says of an inode tells
 what the extension has noted: the request's number is the size, the process the owner.
 
-With grants, `unlink` of the name "give 5" does so for inode 5 and fails with EBUSY where that says no (also "withdraw 5", "closed 5");
+With grants, `unlink` of the name "give 5" does so for inode 5 and fails with EBUSY where that says
+no (also "withdraw 5", "closed 5");
 `readlink` of an inode shows how many have it open, what the extension answered, what was released here.
 """
 
