@@ -28,6 +28,7 @@ from pathlib import Path
 import lmdb
 import msgspec
 
+from cache import pages
 from cache.errors import CacheError, UsageError
 from cache.model import (
     KIND_DIRECTORY,
@@ -486,6 +487,24 @@ def _key_of(txn: lmdb.Transaction, nodes: lmdb._Database, inode: int) -> bytes:
         names.append(node.name + os.fsencode(SYMLINK_SUFFIX) if is_symlink else node.name)
         inode = node.parent
     return b"/".join(reversed(names))
+
+
+def cover_pages(directory: Path) -> None:
+    """Make the file as long as its pages. Nobody else may have it open.
+
+    Raises CacheError where it was cut off.
+    """
+    path = directory / "index.lmdb"
+    if not pages.data_file(path).exists():
+        return
+    try:
+        with lmdb.open(str(path), max_dbs=len(_NAMES)) as env:
+            missing_bytes = pages.missing_bytes(env, path)
+            if missing_bytes:
+                pages.lengthen(path, missing_bytes)
+                pages.read_all(env, _NAMES)
+    except lmdb.Error as error:
+        raise _opening_error(directory, error) from error
 
 
 def remove_index(directory: Path) -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import lmdb
 import msgspec
 
+from cache import pages
 from cache.errors import CacheError, UsageError
 from cache.pending import Pending, decode_pending, encode_pending
 
@@ -78,7 +81,7 @@ class Journal:
             self.path.mkdir(mode=0o700, exist_ok=True)
             env = lmdb.open(str(self.path), map_size=MAP_BYTES, max_dbs=2, readahead=False)
             try:
-                _check_length(env, self.path)
+                _cover_pages(env, self.path)
                 self._check_format(env)
                 self._pending = env.open_db(b"pending")
                 if is_new:
@@ -121,12 +124,23 @@ class Journal:
             raise CacheError(f"{self.path}: {error.strerror}") from error
 
 
-def _check_length(env: lmdb.Environment, path: Path) -> None:
-    """Raise CacheError when the file is shorter than its pages: to touch them would be SIGBUS."""
-    least_bytes = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    found_bytes = (path / "data.mdb").stat().st_size
-    if found_bytes < least_bytes:
-        raise CacheError(f"{path}: corrupt: cut off at {found_bytes} of {least_bytes} bytes")
+def _cover_pages(env: lmdb.Environment, path: Path) -> None:
+    """Make the file as long as its pages. Raises CacheError, and leaves it as it is, where it was cut off."""
+    missing_bytes = pages.missing_bytes(env, path)
+    if missing_bytes == 0:
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".journal-") as name:
+        copy = Path(name)
+        shutil.copyfile(pages.data_file(path), pages.data_file(copy))
+        pages.lengthen(copy, missing_bytes)
+        try:
+            with lmdb.open(str(copy), max_dbs=2, lock=False, readonly=True) as copied:
+                pages.read_all(copied, ("meta", "pending"))
+        except lmdb.Error as error:
+            raise CacheError(
+                f"{path}: corrupt: cut off, {missing_bytes} bytes are missing ({error})"
+            ) from error
+    pages.lengthen(path, missing_bytes)
 
 
 def _mend(error: CacheError) -> str:

@@ -25,7 +25,7 @@ from cache.dispatching import UploadConfig
 from cache.engine import Engine
 from cache.errors import CacheError, LakeError, MountReadOnly, ObjectChanged, ObjectMissing, SluiceError
 from cache.fetcher import Fetcher
-from cache.index import Index, remove_index
+from cache.index import Index, cover_pages, remove_index
 from cache.journaling import JournalKeeper
 from cache.lake.open import open_lake
 from cache.lake_io import LakeIO
@@ -310,6 +310,8 @@ def _window_bytes_max(residency: Residency) -> int:
 def open_index(directory: Path, *, may_rebuild: bool) -> Index:
     """Open the index; one that is corrupt is made anew, since all in it can be had again."""
     try:
+        if may_rebuild:
+            cover_pages(directory)
         return Index(directory)
     except CacheError as error:
         if not may_rebuild:

@@ -330,12 +330,15 @@ CORRUPT_INDEXES = {
     "zeros": bytes(1 << 16),
     "short": b"x",
     "torn": None,  # Its first pages are lost.
+    "cut off": None,  # Its last pages are.
 }
 
 
 def corrupt_index(home: Path, damage: str) -> None:
     path, body = home / "index.lmdb" / "data.mdb", CORRUPT_INDEXES[damage]
-    if body is None:
+    if damage == "cut off":
+        os.truncate(path, 2 * 4096)
+    elif body is None:
         with path.open("r+b") as file:
             file.seek(0)
             file.write(b"\xff" * 4096 * 2)
@@ -359,7 +362,7 @@ async def test_a_corrupt_index_is_made_anew_and_the_files_are_taken_over(
         assert lake.requests["get"] == gets
 
 
-@pytest.mark.parametrize("damage", CORRUPT_INDEXES)
+@pytest.mark.parametrize("damage", sorted({*CORRUPT_INDEXES} - {"cut off"}))  # There they get SIGBUS.
 def test_a_corrupt_index_that_others_may_have_open_is_an_error_and_stays(tmp_path: Path, damage: str) -> None:
     Index(tmp_path).close()
     corrupt_index(tmp_path, damage)

@@ -23,6 +23,7 @@ from cache.index import Index
 from cache.journal import Journal
 from cache.journaling import JournalKeeper, is_sealed, orphan_seq, unsealed
 from cache.model import KIND_FIFO, KIND_FILE
+from cache.pages import missing_bytes
 from cache.pending import (
     CONFLICT,
     OPEN,
@@ -150,6 +151,27 @@ def test_a_corrupt_journal_is_one_clear_line_and_stays_as_it_is(tmp_path: Path, 
         Journal(tmp_path, "store")
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     assert path.read_bytes() == before
+
+
+def test_a_journal_that_is_shorter_than_its_pages_may_be_good(tmp_path: Path) -> None:
+    """Pages at the end that a transaction took and gave back are never written."""
+    journal = Journal(tmp_path, "store")
+    journal.write({1: Delete(b"k")})
+    journal.close()
+    path = tmp_path / "journal.lmdb"
+    with lmdb.open(str(path), max_dbs=2) as env:
+        pending = env.open_db(b"pending")
+        with env.begin(write=True, db=pending) as txn:
+            txn.put(b"\0" * 8, bytes(100_000))
+            txn.delete(b"\0" * 8)
+        assert missing_bytes(env, path) > 0
+    for _ in range(2):
+        journal = Journal(tmp_path, "store")
+        assert journal.rows() == {1: Delete(b"k")}
+        journal.write({2: Delete(b"m")})
+        journal.write({2: None})
+        journal.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["journal.lmdb"]
 
 
 def test_a_row_that_no_version_wrote_is_an_error(tmp_path: Path) -> None:
