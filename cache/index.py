@@ -498,11 +498,11 @@ def cover_pages(directory: Path) -> None:
     if not pages.data_file(path).exists():
         return
     try:
-        with lmdb.open(str(path), max_dbs=len(_NAMES)) as env:
+        with lmdb.open(str(path), map_size=MAP_BYTES, max_dbs=len(_NAMES) + 1) as env:
             missing_bytes = pages.missing_bytes(env, path)
             if missing_bytes:
                 pages.lengthen(path, missing_bytes)
-                pages.read_all(env, _NAMES)
+                pages.use_all(env, _NAMES)
     except lmdb.Error as error:
         raise _opening_error(directory, error) from error
 

@@ -134,8 +134,8 @@ def _cover_pages(env: lmdb.Environment, path: Path) -> None:
         shutil.copyfile(pages.data_file(path), pages.data_file(copy))
         pages.lengthen(copy, missing_bytes)
         try:
-            with lmdb.open(str(copy), max_dbs=2, lock=False, readonly=True) as copied:
-                pages.read_all(copied, ("meta", "pending"))
+            with lmdb.open(str(copy), map_size=MAP_BYTES, max_dbs=3) as copied:
+                pages.use_all(copied, ("meta", "pending"))
         except lmdb.Error as error:
             raise CacheError(
                 f"{path}: corrupt: cut off, {missing_bytes} bytes are missing ({error})"

@@ -25,12 +25,15 @@ def lengthen(directory: Path, by_bytes: int) -> None:
     os.truncate(path, path.stat().st_size + by_bytes)
 
 
-def read_all(env: lmdb.Environment, names: Iterable[str]) -> None:
-    """Raises lmdb.Error where a page of one of the databases is no page."""
-    with env.begin() as txn:
+def use_all(env: lmdb.Environment, names: Iterable[str]) -> None:
+    """Read every value, and write one. Raises lmdb.Error where a page that this takes is no page."""
+    probe = env.open_db(b"probe")
+    with env.begin(write=True) as txn:
         for name in names:
-            for key, value in txn.cursor(db=env.open_db(name.encode(), txn=txn, create=False)):
-                bytes(key), bytes(value)
+            for _ in txn.cursor(db=env.open_db(name.encode(), txn=txn, create=False)):
+                pass  # The values are read with it.
+        txn.put(b"probe", b"", db=probe)  # Takes a page from the list of free ones.
+        txn.drop(probe)
 
 
 def data_file(directory: Path) -> Path:
