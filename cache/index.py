@@ -492,7 +492,7 @@ def _key_of(txn: lmdb.Transaction, nodes: lmdb._Database, inode: int) -> bytes:
 def cover_pages(directory: Path) -> None:
     """Make the file as long as its pages. Nobody else may have it open.
 
-    Raises CacheError where it was cut off.
+    Raises CacheError where it was cut off, and leaves it as it is.
     """
     path = directory / "index.lmdb"
     if not pages.data_file(path).exists():
@@ -502,7 +502,11 @@ def cover_pages(directory: Path) -> None:
             missing_bytes = pages.missing_bytes(env, path)
             if missing_bytes:
                 pages.lengthen(path, missing_bytes)
-                pages.use_all(env, _NAMES)
+                try:
+                    pages.use_all(env, _NAMES)
+                except BaseException:
+                    pages.lengthen(path, -missing_bytes)
+                    raise
     except lmdb.Error as error:
         raise _opening_error(directory, error) from error
 

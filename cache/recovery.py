@@ -87,20 +87,25 @@ def recover(
     the staging files were written: an index that was lost was corrupt, or removed.
     """
     staging.prepare()
-    recovered = Recovered(index_was_lost=index.meta(_MARK) is None)
+    recovered = Recovered(index_was_lost=not is_recovered(index))
     if recovered.index_was_lost:
         rows = _rebuild(index, _mended(journal.rows(), staging, is_intact=is_intact), staging)
     else:
         rows = {seq: decode_pending(packed) for seq, packed in index.pending_rows()}
         if first:
             rows = _without_orphans(index, rows, staging)
-    _make_equal(journal, rows, staging)
+    make_equal(journal, rows, staging)
     _sweep(index, rows, staging)
     table.load(rows.items())
     recovered.read_only_because = _missing(rows, staging)
     for line in recovered.read_only_because:
         log.critical("%s; the mount is read-only until `sluice fsck` has looked at it", line)
     return recovered
+
+
+def is_recovered(index: Index) -> bool:
+    """Return whether its pending rows are the truth."""
+    return index.meta(_MARK) is not None
 
 
 def staged_numbers(rows: Mapping[int, Pending]) -> set[int]:
@@ -135,7 +140,7 @@ def _drop_orphans(rows: Rows, staging: StagingFiles) -> Rows:
     return kept
 
 
-def _make_equal(journal: Journal, rows: Rows, staging: StagingFiles) -> None:
+def make_equal(journal: Journal, rows: Rows, staging: StagingFiles) -> None:
     """Write to the journal what it has otherwise, once all that it then promises is on the disk."""
     known = journal.rows()
     changes: dict[int, Pending | None] = {seq: row for seq, row in rows.items() if known.get(seq) != row}

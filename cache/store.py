@@ -60,6 +60,29 @@ def open_store(config: MountConfig) -> CacheStore:
         raise
 
 
+def open_to_check(directories: list[Path]) -> CacheStore:
+    """Lock the directories of one mount that is not there. Changes nothing. Raises UsageError."""
+    fds: list[int] = []
+    try:
+        lakes = [lines[2] for path in directories if (lines := _read_format(path))]
+        for path in directories:
+            fds.append(_lock(path))
+        return CacheStore(_check_formats(directories, lakes[0]), tuple(directories), tuple(fds))
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def is_trusted(directory: Path) -> bool:
+    """Return whether the next mount believes the index. Raises UsageError."""
+    try:
+        boot = directory / "boot"
+        return (directory / "clean").exists() or (boot.exists() and boot.read_text() == boot_id())
+    except OSError as error:
+        raise UsageError(f"{directory}: {_mend(error)}") from error
+
+
 def read_store_id(directory: Path) -> str:
     """Return the id of the opened store that *directory* is one of. Raises UsageError."""
     lines = _read_format(directory)

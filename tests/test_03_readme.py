@@ -67,7 +67,7 @@ def test_the_options_in_the_text_exist() -> None:
     of_commands = {"--config", "--json", "--recursive", "--lazy", "--keep"}
     of_commands |= {"--seconds", "--plot", "--size", "--latency", "--bandwidth", "--generate"}
     of_commands |= {string for action in bench_parser()._actions for string in action.option_strings}
-    of_commands |= {"--from-list", "--tier", "--no-fetch", "--list"}
+    of_commands |= {"--from-list", "--tier", "--no-fetch", "--list", "--repair"}
     elsewhere = of_commands | {"--data", "--save-to"}  # Of a training script.
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= known | elsewhere
 

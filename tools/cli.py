@@ -38,6 +38,7 @@ COMMANDS = {
     "hint": Command("tools.hint", "FILE [DIR]", "tell in which order samples will be read"),
     "trace": Command("tools.trace", "DIR FILE", "record what is read"),
     "simulate": Command("tools.simulate.command", "TRACE", "what other caches would have made of a trace"),
+    "fsck": Command("tools.fsck", "DIR…", "check a cache directory that is not mounted; --repair"),
     "doctor": Command("tools.doctor", "[DIR]", "what this machine supports, and how to get the rest"),
     "bench": Command("tools.bench.__main__", "", "the benchmark suite"),
 }
