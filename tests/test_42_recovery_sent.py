@@ -136,7 +136,7 @@ async def test_a_later_state_with_the_same_times_is_not_taken_for_what_is_there(
 
 
 async def test_of_several_moves_the_last_knows_what_the_first_made_of_its_object(tmp_path: Path) -> None:
-    """A directory's lies in between: the node that is made of the last one is where the first one brought it."""
+    """A directory's lies in between: made of the last one, the node is where the first one brought it."""
     lake, journal = WatchedLake(), Journal(tmp_path)
     lake.fill({"a/one": BODY, "a/two": b"2"})
     async with mounted(tmp_path, lake, lake_threads=12) as mount:
