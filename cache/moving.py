@@ -157,13 +157,29 @@ class Moves:
         if copied.info is not None:
             self._tell_followers(w, seq, row.key, copied.info.version.etag)
         if node is not None and not node.staged and w.key_of(row.inode) == row.source:
-            _place(w, row.inode, _with_etag(node, copied), row.key)
+            _place(w, row.inode, self._with_etag(w, row.inode, node, copied), row.key)
 
     def _tell_followers(self, w: IndexWriter, seq: int, key: bytes, etag: str) -> None:
         """Have moves that wait for this one to go on from *key* know what they will find."""
         for other, row in self._table.touching(key):
             if other != seq and isinstance(row, Move) and row.source == key and row.etag:
                 self._table.replace(w, other, replace(row, etag=etag))
+
+    def _with_etag(self, w: IndexWriter, inode: int, node: Node, copied: _Copied) -> Node:
+        """Return the node of what was copied, if it is that, with the ETag that it has now."""
+        source = copied.source
+        if copied.info is None or (node.etag, node.size_bytes) != (source.etag, source.size_bytes):
+            return node
+        return self._renewed(w, inode, node, copied.info.version.etag)
+
+    def _renewed(self, w: IndexWriter, inode: int, node: Node, etag: str) -> Node:
+        """Return the node with another ETag; all moves that it has yet to make say so too, those of
+        directories in between or not: where the index is lost, the node is made anew from them.
+        """
+        for seq, row in self._table.of_inode(inode):
+            if isinstance(row, Move) and not row.copied and row.etag == node.etag:
+                self._table.replace(w, seq, replace(row, etag=etag))
+        return replace(node, etag=etag)
 
     def _note_changed(self, inode: int) -> None:
         node = self._index.node(inode) if inode else None
@@ -285,7 +301,7 @@ class Moves:
         inode = _find(w, origins[place], key[len(place) :])
         node = w.node(inode) if inode else None
         if node is not None and w.key_of(inode) == key:
-            w.put_node(inode, _with_etag(node, copied))
+            w.put_node(inode, self._with_etag(w, inode, node, copied))
 
     # Deletes
 
@@ -355,7 +371,7 @@ class Moves:
                 self._table.remove(w, seq)
             now = w.node(row.inode)
             if info is not None and now is not None and now.etag == node.etag:  # type: ignore[union-attr]
-                w.put_node(row.inode, replace(now, etag=info.version.etag))
+                w.put_node(row.inode, self._renewed(w, row.inode, now, info.version.etag))
 
         await self._committer.commit(change)
 
@@ -384,13 +400,6 @@ def _place(w: IndexWriter, inode: int, node: Node, key: bytes) -> None:
         w.put_node(inode, replace(node, origin=key))
     else:
         put_origin(w, inode, node, key)
-
-
-def _with_etag(node: Node, copied: _Copied) -> Node:
-    """Return the node of what was copied, if it is that, with the ETag that it has now."""
-    if copied.info is None or (node.etag, node.size_bytes) != (copied.source.etag, copied.source.size_bytes):
-        return node
-    return replace(node, etag=copied.info.version.etag)
 
 
 def _find(w: IndexWriter, inode: int, rest: bytes) -> int:

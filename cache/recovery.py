@@ -39,6 +39,7 @@ from cache.journal import Journal
 from cache.journaling import content_of, is_sealed
 from cache.model import KIND_DIRECTORY, ROOT_INODE, Inode, ObjectVersion
 from cache.pending import (
+    CONFLICT,
     OPEN,
     SEALED,
     Delete,
@@ -191,15 +192,24 @@ def _mended(rows: Rows, staging: StagingFiles, *, is_intact: bool) -> Rows:
                 mended = _sized_put(row, staging) if is_intact else _mended_put(row, staging)
                 if mended is None:
                     continue
-                kept[seq] = mended
+                kept[seq] = _perhaps_sent(mended)
             elif row.staged not in lost:  # Else a recovery that was killed moved it there.
-                kept[seq] = row
+                kept[seq] = _perhaps_sent(row)
         else:
-            kept[seq] = row
+            kept[seq] = _perhaps_sent(row)
     for number in there - staged_numbers(rows):
         if not _is_disposable(number, staging):
             _keep_lost(number, b"", staging)
     return kept
+
+
+def _perhaps_sent(row: Pending) -> Pending:
+    """Return the row so that the lake is taken to have what it may have got: the index said when a row
+    began, and the journal, which follows it, need not know yet.
+    """
+    if isinstance(row, Put) and row.state != CONFLICT:
+        return replace(row, upload_key=row.upload_key or row.key)
+    return replace(row, is_new=False) if isinstance(row, Mark) else row
 
 
 def _sized_put(row: Put, staging: StagingFiles) -> Put:
@@ -218,8 +228,12 @@ def _sized_put(row: Put, staging: StagingFiles) -> Put:
 
 
 def _mended_put(row: Put, staging: StagingFiles) -> Put | None:
-    """Return the row with a staging file that is whole; None if nothing of it was ever synced."""
+    """Return the row with a staging file that is whole; None if nothing of it was ever synced.
+
+    What was sent at some ctime is no help any more: the file may have that ctime without those bytes.
+    """
     status = staging.stat(row.staged)
+    row = replace(row, uploaded=b"", upload_ctime_ns=0)
     if row.state != OPEN and status.st_size == row.size_bytes:
         return row
     if row.synced_bytes < 0:

@@ -162,16 +162,19 @@ class Puts:
         return sent is not None and sent.source == content.id.source
 
     def _is_this(self, info: ObjectInfo, content: Content, summed: Summed) -> bool:
-        """Return whether this is what is to be sent: the same state, or the same bytes at the same time."""
+        """Return whether this is what is to be sent: the same bytes, of the same state or at the same time.
+
+        The state alone does not say it: a power loss may leave a file its times without its last bytes. And
+        an index that was made anew gives a link another inode, so another source.
+        """
+        size_bytes, checksum = info.version.size_bytes, checksum_of(info.metadata)
+        if (size_bytes, checksum) != (content.size_bytes, summed.text):
+            return False
         if SentId.parse(info.metadata) == content.id:
             return True
         mtime = metadata_of(None, content.mtime_ns).get("mtime")
-        return (
-            self._is_ours(info, content)
-            and info.version.size_bytes == content.size_bytes
-            and checksum_of(info.metadata) == summed.text
-            and info.metadata.get("mtime") == mtime
-        )
+        is_ours = content.fd is None or self._is_ours(info, content)
+        return is_ours and info.metadata.get("mtime") == mtime
 
     # Sending
 

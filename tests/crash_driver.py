@@ -4,7 +4,7 @@ The number of crash points of each kind is POINTS: a few, unless the environment
 more. The long form, some minutes for each kind:
 
     CRASH_POINTS=50 python -m pytest tests/test_70_crash_processes.py tests/test_71_power_loss.py \
-        tests/test_72_lake_faults_write.py --timeout 3600
+        tests/test_72_lake_faults_write.py
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tests.mounting import Folder, LiveMount, is_alive, sluice
 from tools.servers import SeaweedServer
 
 POINTS = int(os.environ.get("CRASH_POINTS", "0"))
+TIMEOUT_S = 120 + 30 * POINTS  # A process that dies again and again is replaced after 5 s.
 LAKES_OWN = ".sluice-lake"  # The directory lake's lock, uploads and files on their way in.
 
 

@@ -12,7 +12,7 @@ from cache.index import remove_index
 from cache.store import boot_id
 from tests.changing import Files, objects
 from tests.test_49_changes_model import CONFIG, Model, Walk, check_lake, start
-from tests.wiring import Shared, WatchedLake, open_cache
+from tests.wiring import Shared, WatchedLake, open_cache, requests_carried_out
 
 SEEDS = int(os.environ.get("SLUICE_MODEL_SEEDS", "8"))
 FIRST_SEED = int(os.environ.get("SLUICE_MODEL_FIRST_SEED", "0"))
@@ -49,6 +49,7 @@ async def test_a_lost_index_is_made_anew_from_the_journal(tmp_path: Path, seed: 
                         assert cache.uploader is not None
                         await cache.uploader.drain()
                         check_lake(lake, cache, model)
+                await requests_carried_out()
                 remove_index(tmp_path)
                 steps.append("the index is lost")
     except BaseException:

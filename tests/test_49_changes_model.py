@@ -22,7 +22,7 @@ from cache.policy.writeback import Backoff
 from cache.records import DirectoryState
 from cache.tree import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.changing import Files, objects
-from tests.wiring import Shared, WatchedLake, open_cache
+from tests.wiring import Shared, WatchedLake, open_cache, requests_carried_out
 
 SEEDS = int(os.environ.get("SLUICE_MODEL_SEEDS", "12"))
 FIRST_SEED = int(os.environ.get("SLUICE_MODEL_FIRST_SEED", "0"))
@@ -305,6 +305,7 @@ async def test_a_random_walk(tmp_path: Path, seed: int) -> None:
                         check_lake(lake, cache, model)
                         await walk.files.changes.forget_replaced(math.inf)
                         assert not cache.table.rows, cache.table.rows
+                await requests_carried_out()
                 steps.append("the next mover")
     except BaseException:
         print("seed", seed, *steps, sep="\n  ")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash_driver import (
+    TIMEOUT_S,
     FolderView,
     LakeView,
     LakeWatch,
@@ -52,6 +53,8 @@ from tests.mounting import (
     processes_naming,
     until,
 )
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
 # --- The harness itself: plain directories keep the promises, damaged ones are found out -----------------
 

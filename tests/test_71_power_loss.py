@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash_driver import (
+    TIMEOUT_S,
     FolderView,
     LakeWatch,
     batches,
@@ -38,6 +39,8 @@ from tests.mounting import (
 )
 from tests.power_loss import ATOM_BYTES, RecordedDisk, attached_images
 from tests.recording_disk import FLUSH, WRITE
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from botocore.exceptions import ConnectionClosedError
 
 from tests.crash_driver import (
+    TIMEOUT_S,
     BucketView,
     FolderView,
     LakeWatch,
@@ -31,6 +32,8 @@ from tests.disks import fill_up, small_disk
 from tests.lossy_proxy import LossyProxy
 from tests.mounting import MIB, Folder, LiveMount, Mounting, Prefix, content, kill_each, until
 from tools.servers import Faults, SeaweedServer, SlowProxy
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
 OPTIONS = ("--no-read-only", "--upload-delay=0.1", "--upload-open-delay=3600", "--keep-free=0")
 # Not less: what is given up while the server is at it may happen after all, and later than what follows it.
