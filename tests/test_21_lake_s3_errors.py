@@ -29,7 +29,8 @@ from cache.errors import (
     TruncatedBody,
 )
 from cache.lake import s3_client
-from cache.lake.s3 import S3Lake, can_name, quoted
+from cache.lake.s3 import S3Lake
+from cache.lake.s3_ranges import can_name, quoted
 from cache.lake.s3_errors import Place, from_obstore, from_reply
 from cache.model import ObjectVersion
 from tools.servers import Faults, SeaweedServer, SlowProxy

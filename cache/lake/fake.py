@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,6 +108,9 @@ class FakeLake:
                 raise TruncatedBody(f"{self._where(version.key)}: the body ended early")
             self.bytes_fetched += length
             return memoryview(stored.body)[offset : offset + length]
+
+    def get_pieces(self, version: ObjectVersion, offset: int, length: int) -> Iterator[Body]:
+        yield self.get_range(version, offset, length)
 
     def put(
         self,
