@@ -391,7 +391,6 @@ class Fetcher:
         blocks = flight.blocks
         offset = blocks.start * BLOCK_BYTES
         length = min(blocks.stop * BLOCK_BYTES, version.size_bytes) - offset
-        get = partial(self._lake.get, version, offset, length)
         fill: Callable[[], Awaitable[None]]
         is_wanted = flight.wanted is not None
         on_disk = flight.wanted is not None and flight.wanted.on_disk
@@ -399,7 +398,7 @@ class Fetcher:
             fill = partial(
                 self._residency.fill_whole,
                 version,
-                get,
+                partial(self._lake.get, version, offset, length),
                 demand=demand,
                 next=flight.next,
                 wanted=is_wanted,
@@ -411,7 +410,7 @@ class Fetcher:
                 self._residency.fill_blocks,
                 version,
                 blocks,
-                get,
+                partial(self._lake.get_pieces, version, offset, length),
                 demand=demand,
                 is_spare=is_spare,
                 due=flight.next.due,

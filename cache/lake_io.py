@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import trio
@@ -159,6 +159,17 @@ class LakeIO:
         with self._counting:
             self.bytes_fetched += length
         return body
+
+    def get_pieces(self, version: ObjectVersion, offset: int, length: int) -> Iterator[Body]:
+        """Yield the bytes of one GET as they arrive, blocking. As `get`, and as `Lake.get_pieces`."""
+        self._count("get")
+        fetched_bytes = 0
+        for piece in self.lake.get_pieces(version, offset, length):
+            fetched_bytes += memoryview(piece).nbytes
+            yield piece
+        assert fetched_bytes == length, (version, offset, length, fetched_bytes)
+        with self._counting:
+            self.bytes_fetched += length
 
     def _count(self, verb: str) -> None:
         with self._counting:

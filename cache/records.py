@@ -181,6 +181,36 @@ def block_checksums(body: bytes | bytearray | memoryview) -> list[int]:
     ]
 
 
+class BlockChecksums:
+    """The same of bytes that come in pieces of any size, the first of which starts at a block boundary."""
+
+    def __init__(self) -> None:
+        self._checksums: list[int] = []
+        self._begun = bytearray()  # Of the block that the last piece ended in.
+
+    def add(self, piece: bytes | bytearray | memoryview) -> None:
+        view = memoryview(piece)
+        if self._begun:
+            missing_bytes = BLOCK_BYTES - len(self._begun)
+            self._begun += view[:missing_bytes]
+            view = view[missing_bytes:]
+            if len(self._begun) == BLOCK_BYTES:
+                self._end_block()
+        whole_bytes = len(view) // BLOCK_BYTES * BLOCK_BYTES
+        self._checksums += block_checksums(view[:whole_bytes])
+        self._begun += view[whole_bytes:]
+
+    def end(self) -> list[int]:
+        """Return the checksums of all that was added; the last block may be short."""
+        if self._begun:
+            self._end_block()
+        return self._checksums
+
+    def _end_block(self) -> None:
+        self._checksums.append(xxhash.xxh3_64_intdigest(self._begun))
+        self._begun.clear()
+
+
 def whole_checksum(checksums: Sequence[int]) -> bytes:
     """Return one checksum for all of a file: the xxh3_128 of its blocks' checksums, 8 bytes each."""
     return xxhash.xxh3_128_digest(array("Q", checksums).tobytes())

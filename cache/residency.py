@@ -325,7 +325,7 @@ class Residency:
         self,
         version: ObjectVersion,
         blocks: range,
-        get: Callable[[], Body],
+        get_pieces: Callable[[], Iterator[Body]],
         *,
         demand: bool,
         on_disk: bool = False,
@@ -348,7 +348,7 @@ class Residency:
                 state = self._sparse[vid] = Sparse(version, place)
             try:
                 with self._filled(item):
-                    await self._fill_group(state, vid, blocks, get, demand, is_spare, due)
+                    await self._fill_group(state, vid, blocks, get_pieces, demand, is_spare, due)
                 if state.blocks_present == block_count(version.size_bytes):
                     await self._make_whole(vid, state)
             finally:
@@ -381,7 +381,7 @@ class Residency:
         state: Sparse,
         vid: VersionId,
         blocks: range,
-        get: Callable[[], Body],
+        get_pieces: Callable[[], Iterator[Body]],
         demand: bool,
         is_spare: bool,
         due: int | None,
@@ -394,11 +394,11 @@ class Residency:
         try:
             with tier.landing(charged):
                 checksums = await self._lake_engine.run(
-                    lambda: tier.files.land_blocks(vid, offset, get()), demand=demand
+                    lambda: tier.files.land_blocks(vid, offset, get_pieces()), demand=demand
                 )
             await self._committer.commit(lambda w: put_blocks(w, version, place, group, first, checksums))
         except BaseException as error:
-            if isinstance(error, CacheError):  # What of it was written must not stay uncharged.
+            if isinstance(error, Exception):  # What of it was written must not stay uncharged.
                 await self._disk_engine.run(lambda: _punch(tier.files, vid, blocks))
             tier.budget.give_back(charged)
             raise

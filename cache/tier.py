@@ -14,7 +14,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,15 @@ import xxhash
 
 from cache.errors import BlockCorrupt, CacheError, CacheFull
 from cache.model import BLOCK_BYTES, GROUP_BYTES, GroupIndex, ObjectVersion, VersionId
-from cache.records import PAGE_BYTES, Group, VersionRow, block_checksums, charge, whole_checksum
+from cache.records import (
+    PAGE_BYTES,
+    BlockChecksums,
+    Group,
+    VersionRow,
+    block_checksums,
+    charge,
+    whole_checksum,
+)
 
 _XATTR = "user.sluice.version"  # msgpack [key, etag, size, xxh3_128 of the block checksums]
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -97,16 +105,24 @@ class TierFiles:
                 raise
         return checksums
 
-    def land_blocks(self, vid: bytes, offset: int, body: bytes | bytearray | memoryview) -> list[int]:
-        """Store *body* at *offset*, a block boundary, of the sparse file; return its checksums."""
-        checksums = block_checksums(body)
+    def land_blocks(
+        self, vid: bytes, offset: int, pieces: Iterable[bytes | bytearray | memoryview]
+    ) -> list[int]:
+        """Store *pieces* from *offset*, a block boundary, of the sparse file on; return the checksums.
+
+        Raises what *pieces* raises, CacheFull and CacheError: part of the bytes may be there then.
+        """
+        checksums = BlockChecksums()
         with _as_cache_errors(self.path):
             fd = os.open(self.partial_path(vid), os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                _write_all(fd, body, offset)
-            finally:
-                os.close(fd)
-        return checksums
+        try:
+            for piece in pieces:
+                checksums.add(piece)
+                with _as_cache_errors(self.path):
+                    offset = _write_all(fd, piece, offset)
+        finally:
+            os.close(fd)
+        return checksums.end()
 
     def make_whole(self, version: ObjectVersion, vid: bytes, checksums: list[int]) -> None:
         """Move a sparse file, all of whose blocks have landed, to objects/."""
@@ -270,11 +286,13 @@ def _vid_of(name: str) -> VersionId | None:
     return VersionId(vid) if len(vid) == 16 else None
 
 
-def _write_all(fd: int, body: bytes | bytearray | memoryview, offset: int) -> None:
+def _write_all(fd: int, body: bytes | bytearray | memoryview, offset: int) -> int:
+    """Return where the next bytes go."""
     view = memoryview(body)
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+    return offset
 
 
 def _unlink(path: str) -> None:

@@ -48,6 +48,17 @@ def test_reading_on_fetches_every_byte_once_and_without_gaps() -> None:
     assert asked[-1].stop == SIZE
 
 
+def test_each_group_that_was_read_is_followed_by_one_more_ahead() -> None:
+    """So the lake is asked all the time, and not for half of a window at once."""
+    policy = SequentialReadAhead(WINDOW)
+    read_on(policy, 0, 512, stalled=True)
+    asked = [policy.read(VID, i * READ, READ, SIZE, stalled=False) for i in range(512, 1024)]
+    ahead = [one for one in asked if one is not None]
+    assert [len(one) for one in ahead] == [GROUP_BYTES] * (512 * READ // GROUP_BYTES)
+    gaps = [later - earlier for earlier, later in pairwise(i for i, one in enumerate(asked) if one)]
+    assert set(gaps) == {GROUP_BYTES // READ}
+
+
 def test_windows_end_at_group_boundaries() -> None:
     policy = SequentialReadAhead(WINDOW)
     asked = read_on(policy, 0, 500, stalled=True)
@@ -133,7 +144,7 @@ def test_the_tables_stay_bounded() -> None:
 def test_a_forgotten_file_starts_over() -> None:
     policy = SequentialReadAhead(WINDOW)
     first = policy.read(VID, 0, READ, SIZE, stalled=True)
-    assert policy.read(VID, 0, READ, SIZE, stalled=True) is None
+    assert policy.read(VID, 0, READ, SIZE, stalled=False) is None
     policy.forget(VID)
     assert policy.read(VID, 0, READ, SIZE, stalled=True) == first
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from itertools import pairwise
 
@@ -23,6 +24,7 @@ from cache.model import (
 )
 from cache.records import (
     PAGE_BYTES,
+    BlockChecksums,
     Group,
     VersionRow,
     block_checksums,
@@ -101,6 +103,16 @@ def test_each_block_has_its_checksum(length: int) -> None:
     expected = [xxhash.xxh3_64_intdigest(body[i : i + BLOCK_BYTES]) for i in range(0, length, BLOCK_BYTES)]
     assert block_checksums(body) == expected
     assert block_checksums(memoryview(bytearray(body))) == expected
+
+
+@given(st.lists(st.integers(0, 3 * BLOCK_BYTES), max_size=8), st.randoms())
+def test_pieces_of_any_size_have_the_checksums_of_the_whole(
+    sizes: list[int], generator: random.Random
+) -> None:
+    pieces, checksums = [generator.randbytes(size) for size in sizes], BlockChecksums()
+    for piece in pieces:
+        checksums.add(memoryview(piece))
+    assert checksums.end() == block_checksums(b"".join(pieces))
 
 
 def test_a_version_row_keeps_keys_that_are_no_utf8() -> None:

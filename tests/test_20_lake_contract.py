@@ -205,6 +205,24 @@ def test_ranges_return_exactly_their_bytes(lake: Lake) -> None:
         assert bytes(body) == content[offset : offset + length]
 
 
+def test_pieces_add_up_to_the_range(lake: Lake) -> None:
+    content = random.Random(2).randbytes(1_300_000)
+    version = lake.put("sample", memoryview(content)).version
+    for offset, length in [(0, 1), (0, 1_300_000), (131_072, 1_048_576), (7, 300_000)]:
+        pieces = [bytes(piece) for piece in lake.get_pieces(version, offset, length)]
+        assert all(pieces) and b"".join(pieces) == content[offset : offset + length]
+
+
+def test_pieces_are_never_those_of_another_version(lake: Lake) -> None:
+    old = lake.put("sample", bytes(600_000)).version
+    new = lake.put("sample", b"1" * 600_000).version
+    with pytest.raises(ObjectChanged):
+        list(lake.get_pieces(old, 0, 600_000))
+    lake.delete_many(["sample"])
+    with pytest.raises(ObjectMissing):
+        list(lake.get_pieces(new, 0, 600_000))
+
+
 def test_a_changed_object_is_never_read_as_the_old_one(lake: Lake) -> None:
     old = lake.put("sample", b"old bytes").version
     new = lake.put("sample", b"new bytes").version

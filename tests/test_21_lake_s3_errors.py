@@ -29,8 +29,9 @@ from cache.errors import (
     TruncatedBody,
 )
 from cache.lake import s3_client
-from cache.lake.s3 import S3Lake, can_name, quoted
+from cache.lake.s3 import S3Lake
 from cache.lake.s3_errors import Place, from_obstore, from_reply
+from cache.lake.s3_ranges import can_name, quoted
 from cache.model import ObjectVersion
 from tools.servers import Faults, SeaweedServer, SlowProxy
 
@@ -84,6 +85,25 @@ def test_a_truncated_body_is_an_error_and_is_not_asked_for_again(
     assert text.endswith("/errors/sample: the body ended early")
     assert proxy.requests == {"GET": 1}
     assert read(lake, version) == CONTENT
+
+
+def test_pieces_that_end_early_are_an_error_and_so_is_every_other_fault(
+    lake: S3Lake, proxy: SlowProxy
+) -> None:
+    content = CONTENT * 20
+    version = lake.put("large", content).version
+    proxy.reset_counts()
+    faults: list[tuple[Any, type[LakeError]]] = [
+        ("truncate", TruncatedBody),
+        ("slow_down", SlowDown),
+        ("error", LakeUnavailable),
+        ("reset", LakeUnavailable),
+    ]
+    for kind, expected in faults:
+        proxy.fail_next(kind)
+        failure(lambda: list(lake.get_pieces(version, 0, len(content))), expected)
+    assert proxy.requests == {"GET": len(faults)}
+    assert b"".join(lake.get_pieces(version, 0, len(content))) == content
 
 
 def test_a_503_is_slow_down_and_a_500_unavailable(

@@ -75,7 +75,7 @@ def land_some(files: TierFiles, version: ObjectVersion, blocks: set[int]) -> Non
     body = body_of(version)
     for block in sorted(blocks):
         start = block * BLOCK_BYTES
-        files.land_blocks(version.id, start, body[start : start + BLOCK_BYTES])
+        files.land_blocks(version.id, start, [body[start : start + BLOCK_BYTES]])
 
 
 def incoming(files: TierFiles) -> list[str]:
@@ -149,7 +149,7 @@ def test_blocks_land_where_they_belong_and_the_rest_stays_a_hole(disk: TierFiles
 
 def test_a_sparse_file_becomes_whole_with_a_label(disk: TierFiles) -> None:
     body = body_of(LARGE)
-    checksums = disk.land_blocks(LARGE.id, 0, body)
+    checksums = disk.land_blocks(LARGE.id, 0, [body])
     disk.make_whole(LARGE, LARGE.id, checksums)
     assert disk.read_label(LARGE.id) == (LARGE, checksums)
     assert not os.path.exists(disk.partial_path(LARGE.id))
@@ -160,7 +160,7 @@ def test_a_sparse_file_becomes_whole_with_a_label(disk: TierFiles) -> None:
 
 def test_a_file_made_sparse_again_takes_its_label_back(disk: TierFiles) -> None:
     version = ObjectVersion("dir/long enough for a block of its own" * 5, '"etag"', LARGE.size_bytes)
-    checksums = disk.land_blocks(version.id, 0, body_of(LARGE))
+    checksums = disk.land_blocks(version.id, 0, [body_of(LARGE)])
     before = disk_bytes(disk.partial_path(version.id))
     disk.make_whole(version, version.id, checksums)
     assert disk_bytes(disk.object_path(version.id)) == before + disk.label_bytes
@@ -184,7 +184,7 @@ def test_a_whole_object_takes_no_more_of_the_disk_than_it_is_charged(
 
 
 def test_punching_gives_space_back_and_leaves_the_neighbours(disk: TierFiles) -> None:
-    disk.land_blocks(LARGE.id, 0, body_of(LARGE))
+    disk.land_blocks(LARGE.id, 0, [body_of(LARGE)])
     path = disk.partial_path(LARGE.id)
     before = disk_bytes(path)
     disk.punch(LARGE.id, range(GROUP_BLOCKS, 2 * GROUP_BLOCKS))
@@ -203,7 +203,7 @@ def test_punching_and_removing_what_is_not_there_is_no_error(disk: TierFiles) ->
 
 def test_removing_takes_both_files(disk: TierFiles) -> None:
     disk.land_whole(SMALL, SMALL.id, body_of(SMALL))
-    disk.land_blocks(SMALL.id, 0, body_of(SMALL))
+    disk.land_blocks(SMALL.id, 0, [body_of(SMALL)])
     disk.remove(SMALL.id)
     assert list(disk.stored()) == []
 
@@ -271,7 +271,7 @@ def test_disk_errors_become_cache_errors_and_leave_nothing(
     monkeypatch.setattr(os, "pwrite", fail)
     calls = (
         lambda: disk.land_whole(SMALL, SMALL.id, body_of(SMALL)),
-        lambda: disk.land_blocks(LARGE.id, 0, b"x" * BLOCK_BYTES),
+        lambda: disk.land_blocks(LARGE.id, 0, [b"x" * BLOCK_BYTES]),
         lambda: disk.copy_from(memory, row_of(SMALL, whole=True), SMALL.id, groups_of(SMALL)),
     )
     for call in calls:

@@ -392,6 +392,22 @@ async def test_a_cache_that_cannot_store_is_a_cache_error_and_nothing_stays_char
             await cache.fetcher.fetch(version, 0, 1000)
 
 
+async def test_of_a_body_that_breaks_off_nothing_stays_on_disk_or_charged(tmp_path: Path) -> None:
+    lake, versions, content = lake_of(big=LARGE)
+    async with open_cache(tmp_path, lake, retry=NO_RETRY) as cache:
+        await cache.fetcher.fetch(versions["big"], GROUP_BYTES, 1)
+        await cache.idle()
+        used = used_bytes(cache)
+        lake.fault = lambda verb, key: "truncate" if verb == "get" else None
+        with pytest.raises(TruncatedBody):
+            await cache.fetcher.fetch(versions["big"], 0, 1)
+        await cache.idle()
+        assert used_bytes(cache) == used
+        assert not any(cache.cached_bytes(versions["big"], 0, UNIT))  # Half of it was written.
+        lake.fault = None
+        assert await read(cache, versions["big"], 0, UNIT) == content["big"][:UNIT]
+
+
 async def test_reads_of_what_is_cached_start_the_read_ahead(tmp_path: Path) -> None:
     lake, versions, _ = lake_of(big=LARGE)
     async with open_cache(tmp_path, lake) as cache:

@@ -131,7 +131,7 @@ async def test_blocks_written_and_not_committed_are_given_back_to_the_disk(tmp_p
         files = cache.residency.tiers[0].files
         for start in (0, GROUP_BYTES - BLOCK_BYTES, LARGE // BLOCK_BYTES * BLOCK_BYTES):
             piece = content["large"][start : start + MIB]
-            files.land_blocks(vid, start, piece)
+            files.land_blocks(vid, start, [piece])
         assert os.stat(files.partial_path(vid)).st_blocks * 512 > 4 * MIB
     async with open_cache(tmp_path, lake, tiers=NVME) as cache:
         await check(cache, content)

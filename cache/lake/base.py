@@ -8,7 +8,7 @@ only `cache.errors.LakeError` and its subclasses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +68,13 @@ class Lake(Protocol):
         The range lies within the version's size and is not empty. Raises ObjectChanged when
         the key now holds another version, ObjectMissing, and TruncatedBody rather than
         return fewer bytes.
+        """
+
+    def get_pieces(self, version: ObjectVersion, offset: int, length: int) -> Iterator[Body]:
+        """Yield the same bytes in order, in pieces of any size, as they arrive. Raises as `get_range` does.
+
+        It may raise after some pieces: what was yielded counts only once all has been. A piece is valid until
+        the next one is asked for.
         """
 
     def put(

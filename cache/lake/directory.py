@@ -117,6 +117,9 @@ class DirectoryLake:
             raise TruncatedBody(f"{self._where(version.key)}: the file ended early")
         return body
 
+    def get_pieces(self, version: ObjectVersion, offset: int, length: int) -> Iterator[Body]:
+        yield self.get_range(version, offset, length)
+
     def put(
         self,
         key: str,

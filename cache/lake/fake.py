@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from cache.lake.base import Body, ListPage, Part
 from cache.model import ObjectInfo, ObjectVersion
 
 Fault = Callable[[str, str], Exception | Literal["truncate"] | None]
+_PIECE_BYTES = 100_000  # No multiple of a block.
 _GATE_TIMEOUT_S = 60.0  # A test that forgets to open a gate fails instead of hanging.
 
 
@@ -97,6 +98,20 @@ class FakeLake:
             return self._stored(key).info
 
     def get_range(self, version: ObjectVersion, offset: int, length: int) -> Body:
+        body, truncate = self._found(version, offset, length)
+        if truncate:
+            raise TruncatedBody(f"{self._where(version.key)}: the body ended early")
+        return body
+
+    def get_pieces(self, version: ObjectVersion, offset: int, length: int) -> Iterator[Body]:
+        body, truncate = self._found(version, offset, length)
+        for start in range(0, length // 2 if truncate else length, _PIECE_BYTES):
+            yield body[start : start + _PIECE_BYTES]
+        if truncate:
+            raise TruncatedBody(f"{self._where(version.key)}: the body ended early")
+
+    def _found(self, version: ObjectVersion, offset: int, length: int) -> tuple[memoryview, bool]:
+        """Return the bytes, and whether they are to end early."""
         assert length > 0 and 0 <= offset <= version.size_bytes - length, (version, offset, length)
         truncate = self._meet("get", version.key)
         with self._mutex:
@@ -104,10 +119,8 @@ class FakeLake:
             stored = self._stored(version.key)
             if stored.info.version != version:
                 raise ObjectChanged(f"{self._where(version.key)}: has changed in the lake")
-            if truncate:
-                raise TruncatedBody(f"{self._where(version.key)}: the body ended early")
-            self.bytes_fetched += length
-            return memoryview(stored.body)[offset : offset + length]
+            self.bytes_fetched += 0 if truncate else length
+            return memoryview(stored.body)[offset : offset + length], truncate
 
     def put(
         self,

@@ -39,10 +39,9 @@ from cache.lake.s3_errors import (
     from_exception,
     from_obstore,
     from_reply,
-    is_obstore_tls_failure,
     no_s3,
-    truncated,
 )
+from cache.lake.s3_ranges import RangeReader, can_name, quoted, verify
 from cache.model import GIB, MIB, ObjectInfo, ObjectVersion
 
 DELETE_KEYS_MAX = 1000  # S3 API, DeleteObjects.
@@ -87,6 +86,7 @@ class S3Lake:
         self._config = config
         self._use_obstore = use_obstore
         self._place = Place(self.url, config.endpoint_url, config.aws_profile)
+        self._ranges = RangeReader(bucket, self._prefix, self._place, self._translated)
         self._opening = threading.Lock()
         self._connection: Connection | None = None
 
@@ -138,28 +138,11 @@ class S3Lake:
 
     def get_range(self, version: ObjectVersion, offset: int, length: int) -> Body:
         assert length > 0 and 0 <= offset <= version.size_bytes - length, (version, offset, length)
-        connection = self._connected()
-        name = self._prefix + version.key
-        byte_store = connection.byte_store() if can_name(name) else None
-        if byte_store is None:
-            return self._get_plain(connection, version, offset, length)
-        try:
-            options = {"range": (offset, offset + length), "if_match": version.etag}
-            result = byte_store.get(byte_store.store, name, options=options)
-            meta = result.meta
-            body = memoryview(result.bytes())
-        except Exception as error:  # Its classes are few and change between releases.
-            known = from_obstore(error, self._place, version.key)
-            if known is not None:
-                raise known from error
-            plain = self._get_plain(connection, version, offset, length)
-            if is_obstore_tls_failure(error):  # It would fail at every GET.
-                connection.drop_byte_store("its rules for TLS refuse this server's certificate")
-            return plain
-        self._verify(version, meta["e_tag"], meta["size"])
-        if len(body) != length or result.range != (offset, offset + length):
-            raise truncated(self._place, version.key)
-        return body
+        return self._ranges.get(self._connected(), version, offset, length)
+
+    def get_pieces(self, version: ObjectVersion, offset: int, length: int) -> Iterator[Body]:
+        assert length > 0 and 0 <= offset <= version.size_bytes - length, (version, offset, length)
+        return self._ranges.pieces(self._connected(), version, offset, length)
 
     def put(
         self,
@@ -342,26 +325,6 @@ class S3Lake:
         version = ObjectVersion(self._relative(row["Key"], encoded), quoted(row["ETag"]), row["Size"])
         return ObjectInfo(version, _nanoseconds(row["LastModified"]))
 
-    def _get_plain(self, connection: Connection, version: ObjectVersion, offset: int, length: int) -> bytes:
-        with self._translated(version.key):
-            reply = connection.client.get_object(
-                Bucket=self._bucket,
-                Key=self._prefix + version.key,
-                Range=f"bytes={offset}-{offset + length - 1}",
-                IfMatch=version.etag,
-            )
-            with reply["Body"] as stream:
-                self._verify(version, reply["ETag"], _whole_size(reply))
-                body: bytes = stream.read()
-        if len(body) != length:
-            raise truncated(self._place, version.key)
-        return body
-
-    def _verify(self, version: ObjectVersion, etag: str | None, size_bytes: int) -> None:
-        """Raise ObjectChanged unless the reply is of *version*: some servers ignore If-Match."""
-        if quoted(etag or "") != version.etag or size_bytes != version.size_bytes:
-            raise ObjectChanged(f"{self._place.object(version.key)}: has changed in the lake")
-
     def _upload(self, key: str, upload_id: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key, "UploadId": upload_id}
 
@@ -375,7 +338,7 @@ class S3Lake:
         """Return what makes a copy have *metadata*, and the source's other headers: REPLACE drops them."""
         with self._translated(source.key):
             reply = self._connected().client.head_object(Bucket=self._bucket, Key=self._prefix + source.key)
-        self._verify(source, reply["ETag"], reply["ContentLength"])
+        verify(self._place, source, reply["ETag"], reply["ContentLength"])
         kept = {name: reply[name] for name in _HEADERS_KEPT if reply.get(name)}
         return {"MetadataDirective": "REPLACE", "Metadata": dict(metadata), **kept}
 
@@ -455,19 +418,6 @@ class S3Lake:
             raise known from error
 
 
-def can_name(name: str) -> bool:
-    """Return whether obstore, given *name*, asks for exactly this key: it refuses or alters the others."""
-    return (
-        all(part not in ("", ".", "..") for part in name.split("/"))
-        and name.isprintable()  # No control characters, and no surrogates.
-    )
-
-
-def quoted(etag: str) -> str:
-    """Return the ETag in its one form: some servers leave the quotes out of some replies' XML."""
-    return etag if etag.endswith('"') else f'"{etag}"'
-
-
 def _conditions(if_match: str | None, if_none_match: bool) -> dict[str, str]:
     assert not (if_match and if_none_match)
     if if_none_match:
@@ -489,13 +439,6 @@ def _reply_time_ns(reply: Any) -> int:
     """Return the server's time at its reply; S3 tells no modification time to writers."""
     header = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
     return _nanoseconds(parsedate_to_datetime(header)) if header else 0
-
-
-def _whole_size(reply: Any) -> int:
-    """Return the object's size from Content-Range, or from the body's when all of it came."""
-    content_range: str = reply.get("ContentRange", "")
-    total = content_range.rpartition("/")[2]
-    return int(total) if total.isdigit() else int(reply["ContentLength"])
 
 
 def _code(error: BaseException | None) -> str:

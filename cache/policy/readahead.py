@@ -91,13 +91,15 @@ class SequentialReadAhead:
         return None
 
     def _advance(self, stream: Stream, size_bytes: int) -> range | None:
-        """Fetch on in steps of whole groups, once half of the window has been read."""
-        ahead_bytes = stream.fetched - stream.frontier
-        if ahead_bytes > stream.window_bytes // 2 or stream.fetched >= size_bytes:
+        """Fetch on whenever a whole group of the window has been read.
+
+        In larger steps the lake would have nothing to do while the reader goes through what came, and the
+        reader would wait for all of the next step: its groups share the bandwidth and end together.
+        """
+        if stream.fetched >= size_bytes:
             return None
-        start = stream.fetched
-        end = min(size_bytes, stream.frontier + stream.window_bytes)
-        end = min(size_bytes, -(-end // GROUP_BYTES) * GROUP_BYTES)
+        end = -(-(stream.frontier + stream.window_bytes) // GROUP_BYTES) * GROUP_BYTES
+        start, end = stream.fetched, min(end, size_bytes)
         if end <= start:
             return None
         stream.fetched = end
