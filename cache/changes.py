@@ -122,7 +122,8 @@ class Changes:
                 self._replaced |= dict.fromkeys(change.replaced, time.monotonic())
                 for inode in change.left:  # Once more: workers see only now that it is to have no grant.
                     self._opens.withdraw_grant(inode)
-        self._sender.wake()
+        if not isinstance(request, messages.Create):  # Its writer closes it first, or the next scan sees it.
+            self._sender.wake()
         if isinstance(request, messages.SetXattr):
             self._tell_of_xattrs(request.inode)
         return answer
@@ -222,7 +223,8 @@ class Changes:
             if inode not in self._replaced:
                 await self._let_go(inode)
         else:
-            await self._committer.commit(lambda w: self._seal(w, inode))
+            # Nobody waits for it, and who makes many files makes the next one now.
+            await self._committer.commit(lambda w: self._seal(w, inode), patient=True)
             self._sender.wake()
 
     def _seal(self, w: IndexWriter, inode: int) -> None:
@@ -285,6 +287,8 @@ class Changes:
         """
         if length_bytes >= 0 and any(isinstance(row, Put) for _, row in self._table.of_inode(inode)):
             await self._committer.commit(lambda w: self._note_synced(w, inode, length_bytes))
+        else:
+            self._committer.flush()  # What waits there was changed before, too.
         await self._keeper.settled()
         if remote:
             await self._sender.wait_for(inode)

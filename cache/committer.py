@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 Change = Callable[[IndexWriter], T]
 
+_PATIENCE_S = 0.01  # So long a change that is in no hurry waits for others to share their transaction.
+
 
 class _Waiter(Generic[T]):
     __slots__ = ("change", "done", "error", "result", "then")
@@ -56,10 +58,13 @@ class Committer:
         self._index = index
         self.on_rollback = on_rollback
         self._pending: list[_Waiter[Any]] = []
-        self._wake = trio.Event()
+        self._queued = trio.Event()
+        self._hurry = trio.Event()
 
-    async def commit(self, change: Change[T]) -> T:
+    async def commit(self, change: Change[T], *, patient: bool = False) -> T:
         """Apply *change* and return what it returned, once that is committed.
+
+        A *patient* one goes with the next transaction that somebody wants, or after a moment alone.
 
         Raises the SluiceError that *change* raised, which it may before its first write: the others
         of the transaction are committed then. Raises CacheError when the transaction failed. A change
@@ -67,8 +72,7 @@ class Committer:
         """
         waiter = _Waiter(change)
         waiter.done = trio.Event()
-        self._pending.append(waiter)
-        self._wake.set()
+        self._add(waiter, patient=patient)
         await waiter.done.wait()
         if waiter.error is not None:
             raise waiter.error
@@ -85,23 +89,32 @@ class Committer:
 
     def commit_nowait(self, change: Change[object]) -> None:
         """Apply *change* with the next transaction; failures show in the log only."""
-        self._pending.append(_Waiter(change))
-        self._wake.set()
+        self._add(_Waiter(change))
 
     def commit_then(self, change: Change[object], then: Callable[[SluiceError | None], None]) -> None:
         """Apply *change* with the next transaction; call *then* with what `commit` would raise, or None."""
-        self._pending.append(_Waiter(change, then))
-        self._wake.set()
+        self._add(_Waiter(change, then))
+
+    def _add(self, waiter: _Waiter[Any], *, patient: bool = False) -> None:
+        self._pending.append(waiter)
+        self._queued.set()
+        if not patient:
+            self._hurry.set()
 
     async def run(self) -> None:
         while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
+            await self._queued.wait()
+            if not self._hurry.is_set():
+                with trio.move_on_after(_PATIENCE_S):
+                    await self._hurry.wait()
+            self._queued, self._hurry = trio.Event(), trio.Event()
             self.flush()
 
     def flush(self) -> None:
         """Commit what waits, now; `run` may find nothing left then."""
         waiters, self._pending = self._pending, []
+        if not waiters:
+            return
         try:
             with self._index.write() as writer:
                 for waiter in waiters:

@@ -37,6 +37,7 @@ from cache.pending import (
 )
 from cache.planning import Plans
 from cache.planning import UploadConfig as UploadConfig
+from cache.policy.series import Checkpoints
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, TokenBucket
 from cache.residency import Residency
 from cache.sending import Sender, SlotGate, Stale
@@ -89,6 +90,7 @@ class Dispatcher:
             keeper,
             on_receipt,
             config.cache_id,
+            Checkpoints(),
         )
         self._moves = Moves(lake, index, committer, table, keeper, self._waits_for_close)
         self.plans = Plans(committer, table, staging, opens, config)

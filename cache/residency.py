@@ -574,6 +574,11 @@ class Residency:
         for tier in self.tiers:
             tier.policy.passed(ItemId(vid))
 
+    def outdated(self, vid: bytes) -> None:
+        """Note that a later checkpoint was written than this one, a whole object."""
+        for tier in self.tiers:
+            tier.policy.outdated(ItemId(vid))
+
     def usage(self, vid: bytes, row: VersionRow) -> Usage:
         recent = self._usage.get(vid, Usage())
         return Usage(row.hits + recent.hits, max(row.last_used_s, recent.last_used_s))

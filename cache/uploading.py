@@ -32,6 +32,7 @@ from cache.metadata import SentId, checksum_of, metadata_of, with_id
 from cache.model import OBJECT_BYTES_MAX, ObjectInfo, ObjectVersion
 from cache.opens import Mode, OpenState, OpenTable
 from cache.pending import CONFLICT, FAILED, SEALED, PendingTable, Put, Restate, unsent, upload_mark
+from cache.policy.series import Checkpoints
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, part_bytes
 from cache.records import Node
 from cache.residency import Land, Residency
@@ -71,6 +72,7 @@ class Puts:
         keeper: JournalKeeper,
         on_receipt: Callable[[Receipt], None],
         cache_id: str,
+        checkpoints: Checkpoints,
     ) -> None:
         self._lake = lake
         self._sender = sender
@@ -82,6 +84,7 @@ class Puts:
         self._keeper = keeper
         self._on_receipt = on_receipt
         self._cache_id = cache_id
+        self._checkpoints = checkpoints
         self.superseded: list[bytes] = []  # Versions that nobody can read any more.
 
     async def put(self, seq: int, on_sent: Callable[[int], None]) -> int:
@@ -303,6 +306,8 @@ class Puts:
             clean = commit(None)
         if not clean:
             await self._note_uploaded(seq, row, content, info)
+        elif outdated := self._checkpoints.stored(row.path, info.version.id, content.mtime_ns):
+            self._residency.outdated(outdated)
 
     def _commit_clean(
         self, seq: int, sent: Put, content: Content, info: ObjectInfo, land: Land | None

@@ -421,7 +421,14 @@ def test_what_is_pinned_is_no_victim_until_it_is_unpinned(policy: EvictionPolicy
     assert not {0, 5} & set(numbers(policy.victims(100, ())))
     assert not {0, 5} & set(numbers(policy.order(100)))
     assert (len(policy), policy.pinned_bytes, policy.why(item(5))) == (10, 2, "pinned")
-    for change in (policy.touched, policy.want, policy.expect, policy.release, policy.passed):
+    for change in (
+        policy.touched,
+        policy.want,
+        policy.expect,
+        policy.release,
+        policy.passed,
+        policy.outdated,
+    ):
         change(item(5))
     for next in (Next(7), Next(70, later=True)):
         policy.expect(item(5), next)
@@ -432,6 +439,49 @@ def test_what_is_pinned_is_no_victim_until_it_is_unpinned(policy: EvictionPolicy
     policy.removed(item(0))
     assert (policy.pinned(), policy.pinned_bytes) == ([], 0)
     assert 5 in numbers(policy.victims(100, ()))
+
+
+def test_outdated_items_leave_first_oldest_first_until_they_are_used(policy: EvictionPolicy) -> None:
+    for number in range(6):
+        policy.added(item(number), 2, used=False)
+    policy.outdated(item(4))
+    policy.outdated(item(2))
+    policy.outdated(item(99))  # Not there (any more).
+    assert numbers(policy.order(2)) == numbers(policy.victims(4, ())) == [4, 2]
+    assert policy.why(item(4)) == "a later checkpoint was written since"
+    assert (len(policy), policy.size_of(item(4))) == (6, 2)
+    policy.touched(item(4))
+    assert numbers(policy.order(6))[0] == 2 and policy.why(item(4)) != policy.why(item(2))
+    policy.pin(item(2))
+    assert 2 not in numbers(policy.order(6)) and policy.pinned_bytes == 2
+    policy.outdated(item(2))
+    assert policy.why(item(2)) == "pinned"
+    policy.removed(item(4))
+    assert len(policy) == 5 and policy.size_of(item(4)) is None
+
+
+@pytest.mark.parametrize("policy", [EpochPolicy(), AutoPolicy()])
+def test_an_outdated_item_that_is_read_or_expected_stays(policy: EpochPolicy) -> None:
+    for number in range(3):
+        policy.added(item(number), 1, used=False)
+    policy.expect(item(0))
+    policy.touched(item(1))  # A moment ago.
+    for number in range(3):
+        policy.outdated(item(number))
+    assert numbers(policy.order(3))[0] == 2
+    assert policy.why(item(0)) == "expected by the running epoch"
+    assert policy.why(item(1)) == "used a moment ago"
+    policy.removed(item(2))
+    assert (len(policy), policy.epochs) == (2, 0)
+
+
+def test_what_is_outdated_leaves_before_what_a_scan_has_left_behind() -> None:
+    policy = AutoPolicy()
+    for number in range(200):
+        policy.added(item(number), 1, used=True)
+    policy.passed(item(3))
+    policy.outdated(item(5))
+    assert numbers(policy.order(2)) == [5, 3]
 
 
 def test_pins_of_unknown_items_are_ignored(policy: EvictionPolicy) -> None:

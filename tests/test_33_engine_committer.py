@@ -12,6 +12,7 @@ import outcome
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
 from cache.committer import Change, Committer
@@ -179,6 +180,28 @@ async def test_changes_that_wait_together_are_one_transaction(tmp_path: Path, nu
             waiting.start_soon(committer.commit, put(f"m{i}"))
     assert index.commits == 1
     assert all(index.meta(b"m%d" % i) for i in range(50))
+    nursery.cancel_scope.cancel()
+    index.close()
+
+
+async def test_a_patient_change_shares_the_next_transaction_and_is_committed_without_one_too(
+    tmp_path: Path, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    index = CountingIndex(tmp_path)
+    committer = Committer(index)
+    nursery.start_soon(committer.run)
+    async with trio.open_nursery() as both:
+        both.start_soon(partial(committer.commit, put("first"), patient=True))
+        await wait_all_tasks_blocked()
+        assert index.commits == 0
+        both.start_soon(committer.commit, put("second"))
+    assert index.commits == 1 and index.meta(b"first") == index.meta(b"second") == b"1"
+    async with trio.open_nursery() as alone:
+        alone.start_soon(partial(committer.commit, put("alone"), patient=True))
+        await wait_all_tasks_blocked()
+        assert index.commits == 1
+        mock_clock.jump(1)
+    assert index.commits == 2 and index.meta(b"alone") == b"1"
     nursery.cancel_scope.cancel()
     index.close()
 

@@ -458,7 +458,8 @@ def test_the_first_pattern_that_fits_decides() -> None:
 
 
 async def test_times_of_a_staged_file_are_set_there_and_told(setting: Setting) -> None:
-    _, inode = await setting.create()
+    handle, inode = await setting.create()
+    setting.writing.release(handle, 12)
     await setting.writing.set_attributes(messages.SetAttributes(inode, mtime_ns=5_000_000_000), 4)
     _, staged = setting.filesystem.settled(inode, setting.writing._node(inode))
     assert staged is not None and staged.st_mtime_ns == 5_000_000_000
@@ -468,6 +469,32 @@ async def test_times_of_a_staged_file_are_set_there_and_told(setting: Setting) -
     _, staged = setting.filesystem.settled(inode, setting.writing._node(inode))
     assert staged is not None and (staged.st_atime_ns, staged.st_mtime_ns) == (before_ns, 6)
     assert [id for _, id in setting.mover.asked[1:]] == [4, 6, 8]
+
+
+async def test_who_sets_the_mtime_of_a_file_that_is_written_asks_nobody(setting: Setting) -> None:
+    handle, inode = await setting.create()
+    own = setting.writing._node(inode).attributes
+    before = setting.filesystem.settled(inode, setting.writing._node(inode))[1]
+    assert own is not None and before is not None
+    await setting.writing.set_attributes(messages.SetAttributes(inode, mtime_ns=5_000_000_000), 4)
+    await setting.writing.set_attributes(messages.SetAttributes(inode, own.mode, own.uid, own.gid), 6)
+    after = setting.filesystem.settled(inode, setting.writing._node(inode))[1]
+    assert after is not None and after.st_mtime_ns == 5_000_000_000
+    assert after.st_ctime_ns >= before.st_ctime_ns and after.st_atime_ns == before.st_atime_ns
+    assert len(setting.mover.asked) == 1  # The create.
+    assert setting.opens.state(inode).writers == 1
+    setting.writing.release(handle, 8)
+    assert not setting.opens.state(inode).is_open
+
+
+@pytest.mark.parametrize("change", [{"mode": 0o600}, {"uid": 77}, {"gid": 77}, {"atime_ns": 5}])
+async def test_what_the_staging_file_does_not_say_is_told_also_while_it_is_written(
+    setting: Setting, change: dict[str, int]
+) -> None:
+    _, inode = await setting.create()
+    await setting.writing.set_attributes(messages.SetAttributes(inode, mtime_ns=5, **change), 4)
+    assert [id for _, id in setting.mover.asked[1:]] == [4]
+    assert setting.opens.state(inode).writers == 1
 
 
 async def test_extended_attributes_come_from_the_node_and_only_those_of_users_are_set(

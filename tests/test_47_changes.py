@@ -571,7 +571,7 @@ async def test_a_file_that_is_opened_while_it_is_to_be_sealed_stays_open(
     files.write_open(inode, b"12345")
     commit = files.cache.committer.commit
 
-    async def open_first(change: Callable[[IndexWriter], object]) -> object:
+    async def open_first(change: Callable[[IndexWriter], object], *, patient: bool) -> object:
         monkeypatch.undo()
         files.opens.opened(inode, writing=True)
         await files.changes.stage(inode, -1)

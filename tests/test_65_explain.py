@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.mounting import MIB, Folder, LiveMount, Mounting, content, sluice, until
 
 
@@ -94,3 +96,36 @@ def test_status_names_pins(mounting: Mounting, folder: Folder) -> None:
     assert sluice("pin", mount.directory / "keep").returncode == 0
     assert "keep: 16.0 KiB of the disks" in sluice("status", mount.directory).stdout
     assert os.listdir(mount.directory / "keep") == ["a"]
+
+
+@pytest.mark.parametrize("policy", ["auto", "lru"])
+def test_old_checkpoints_of_a_series_leave_first_and_the_latest_is_read_from_the_disk(
+    mounting: Mounting, folder: Folder, policy: str
+) -> None:
+    folder.put("data", content(MIB, 7))
+    mount = mounting.mount(
+        folder.url,
+        "--no-read-only",
+        "--upload-delay=0",
+        "--dram=0",
+        f"--policy={policy}",
+        "--read-ahead=none",
+    )
+    for step in (1, 2, 3):
+        for rank in (0, 1):
+            path = mount.directory / f"step_{step * 50}" / f"rank{rank}.pt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content(MIB, 10 * step + rank))
+        assert sluice("sync", mount.directory).returncode == 0
+    assert mount.read("data") == content(MIB, 7)
+    entries = listed(mount)
+    outdated = {
+        path for path, entry in entries.items() if entry["leaves"] == "a later checkpoint was written since"
+    }
+    assert outdated == {f"step_{step}/rank{rank}.pt" for step in (50, 100) for rank in (0, 1)}
+    ranks = {path: entry.get("victim_rank") for path, entry in entries.items()}
+    assert {path for path, rank in ranks.items() if rank is not None and rank < 4} == outdated
+    before = mount.status()["lake_io"]["bytes_fetched"]
+    for rank in (0, 1):
+        assert mount.read(f"step_150/rank{rank}.pt") == content(MIB, 30 + rank)
+    assert mount.status()["lake_io"]["bytes_fetched"] == before

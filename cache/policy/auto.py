@@ -18,7 +18,7 @@ _HOT_SHARE_MAX = 2  # Of the tier's content at most this part is held for being 
 class AutoPolicy(EpochPolicy):
     """`EpochPolicy`, with two queues more:
 
-      scanned  leaves before all others, newest first: a scan has read it once and gone on (`passed`),
+      scanned  leaves before all but `outdated`, newest first: a scan has read it once and gone on (`passed`),
                so what it brings next takes its place, and nobody else's
       hot      leaves after `expected`, least recently used first: used three times as often as the
                rest. Each of its items would be fetched again within moments
@@ -93,6 +93,10 @@ class AutoPolicy(EpochPolicy):
         is_scanned_only = self._uses.get(item, 0) <= 1 and (item in self._recent or item in self._used)
         if is_scanned_only and (size_bytes := self._take_out(item)) is not None:
             self._scanned.put(item, size_bytes)
+
+    def outdated(self, item: ItemId) -> None:
+        if item not in self._hot:
+            super().outdated(item)
 
     def epoch_began(self) -> None:
         super().epoch_began()

@@ -16,6 +16,7 @@ from cache.policy.due import SOME_TIME, ByDue, Next
 ItemId = NewType("ItemId", bytes)
 
 PINNED = "pinned"
+OUTDATED = "a later checkpoint was written since"
 
 
 class EvictionPolicy(Protocol):
@@ -42,6 +43,12 @@ class EvictionPolicy(Protocol):
 
     def passed(self, item: ItemId) -> None:
         """A scan has read *item* and gone on: nobody will soon. Unknown items are ignored."""
+
+    def outdated(self, item: ItemId) -> None:
+        """*item* is a checkpoint that a later one has followed: it leaves first, unless it is used again.
+
+        Unknown items are ignored.
+        """
 
     def next_of(self, item: ItemId) -> Next | None:
         """Return what `expect` last said of the item and no use has made untrue since, else None."""
@@ -130,26 +137,30 @@ class _Queue(OrderedDict[ItemId, int]):
 
 
 class LruPolicy:
-    """The least recently used item leaves first."""
+    """The least recently used item leaves first, after the outdated ones."""
 
     name = "lru"
 
     def __init__(self) -> None:
         self._items = _Queue()
+        self._outdated = _Queue()
         self._pinned = _Queue()
 
     def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
         queue = self._pinned if item in self._pinned else self._items
+        self._outdated.take(item)
         queue.take(item)
         queue.put(item, size_bytes)
 
     def touched(self, item: ItemId) -> None:
         if item in self._items:
             self._items.move_to_end(item)
+        elif (size_bytes := self._outdated.take(item)) is not None:
+            self._items.put(item, size_bytes)
 
     def removed(self, item: ItemId) -> None:
-        self._items.take(item)
-        self._pinned.take(item)
+        for queue in (self._items, self._outdated, self._pinned):
+            queue.take(item)
 
     def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
         pass  # It knows of no future.
@@ -159,6 +170,10 @@ class LruPolicy:
 
     def passed(self, item: ItemId) -> None:
         pass
+
+    def outdated(self, item: ItemId) -> None:
+        if (size_bytes := self._items.take(item)) is not None:
+            self._outdated.put(item, size_bytes)
 
     def next_of(self, item: ItemId) -> Next | None:
         return None
@@ -170,8 +185,9 @@ class LruPolicy:
         return False
 
     def pin(self, item: ItemId) -> None:
-        if (size_bytes := self._items.take(item)) is not None:
-            self._pinned.put(item, size_bytes)
+        for queue in (self._items, self._outdated):
+            if (size_bytes := queue.take(item)) is not None:
+                self._pinned.put(item, size_bytes)
 
     def unpin(self, item: ItemId) -> None:
         if (size_bytes := self._pinned.take(item)) is not None:
@@ -187,6 +203,8 @@ class LruPolicy:
     def why(self, item: ItemId) -> str | None:
         if item in self._pinned:
             return PINNED
+        if item in self._outdated:
+            return OUTDATED
         return "least recently used first" if item in self._items else None
 
     @property
@@ -201,22 +219,24 @@ class LruPolicy:
         return 0  # What was used last would go for what may never be used.
 
     def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
-        return _take(iter(self._items.items()), need_bytes, staying)
+        return _take(chain(self._outdated.items(), self._items.items()), need_bytes, staying)
 
     def size_of(self, item: ItemId) -> int | None:
-        return self._items.get(item, self._pinned.get(item))
+        queues = (self._items, self._outdated, self._pinned)
+        return next((queue[item] for queue in queues if item in queue), None)
 
     def order(self, limit: int) -> list[ItemId]:
-        return list(islice(self._items, limit))
+        return list(islice(chain(self._outdated, self._items), limit))
 
     def __len__(self) -> int:
-        return len(self._items) + len(self._pinned)
+        return len(self._items) + len(self._outdated) + len(self._pinned)
 
 
 class EpochPolicy:
     """For shuffled epochs: a set that stays is worth more than what came last.
 
-    Each item is in one of eight queues, each in order of use. They leave in this order:
+    Each item is in one of nine queues, each in order of use. They leave in this order:
+      outdated  a checkpoint that a later one has followed, and that was not used since
       idle    not used in the whole of the last epoch
       used    used in this epoch, *newest first*: so one miss replaces the last one, and the rest
               stays for the next epoch, however late that is recognised
@@ -243,6 +263,7 @@ class EpochPolicy:
     _IN_HANDS = 16
 
     def __init__(self) -> None:
+        self._outdated = _Queue()
         self._idle = _Queue()
         self._used = _Queue()
         self._again = _Queue()
@@ -291,6 +312,8 @@ class EpochPolicy:
         self.epochs += 1
 
     def removed(self, item: ItemId) -> None:
+        if self._outdated.take(item) is not None:
+            return  # It says nothing about epochs.
         if self._take_out(item) is not None:
             self._gone_unused += 1
             if self._gone_unused > max(self._AGAIN_MIN, len(self)):
@@ -319,6 +342,10 @@ class EpochPolicy:
 
     def passed(self, item: ItemId) -> None:
         pass  # What was used last leaves first in any case.
+
+    def outdated(self, item: ItemId) -> None:
+        if item not in self._recent and self.next_of(item) is None:  # Else somebody reads it, or is about to.
+            self._put_into(self._outdated, item)
 
     def next_of(self, item: ItemId) -> Next | None:
         if item in self._expected:
@@ -355,6 +382,7 @@ class EpochPolicy:
     def _reasons(self) -> tuple[tuple[Container[ItemId], str], ...]:
         return (
             (self._pinned, PINNED),
+            (self._outdated, OUTDATED),
             (self._idle, "not used in the last epoch"),
             (self._used, "used in this epoch"),
             (self._again, "used again in this epoch"),
@@ -371,7 +399,7 @@ class EpochPolicy:
 
     @property
     def spare_bytes(self) -> int:
-        spare = (self._idle, self._used, self._again, self._later, self._needed)
+        spare = (self._outdated, self._idle, self._used, self._again, self._later, self._needed)
         return sum(queue.size_bytes for queue in spare)
 
     def bytes_beyond(self, due: int, enough_bytes: int) -> int:
@@ -402,11 +430,12 @@ class EpochPolicy:
             self._later,
             self._again,
             self._idle,
+            self._outdated,
             self._pinned,
         )
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
-        return chain(self._leave_gladly(), self._leave_late())
+        return chain(self._outdated.items(), self._leave_gladly(), self._leave_late())
 
     def _leave_gladly(self) -> Iterator[tuple[ItemId, int]]:
         """Yield what no epoch is known to need, first to leave first."""
