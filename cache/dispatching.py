@@ -76,6 +76,7 @@ class Dispatcher:
         self._table = table
         self._residency = residency
         self._opens = opens
+        self._keeper = keeper
         self._refresh_entry = refresh_entry
         gate = SlotGate(config.threads)
         sender = Sender(lake, gate, TokenBucket(config.bandwidth))
@@ -265,6 +266,7 @@ class Dispatcher:
 
     async def _operate(self, lane: str, seqs: list[int]) -> None:
         try:
+            await self._keeper.known(seqs)
             if lane == "delete":
                 for seq, error in (await self._moves.delete(seqs)).items():
                     self.plans.note_failure(seq, self._table.rows.get(seq), error)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TypeGuard
 
 import msgspec
@@ -70,6 +71,7 @@ class JournalKeeper:
         self._changed = trio.Event()
         self._hurry = trio.Event()
         self._waiters: list[_Waiter] = []
+        self._writing: Changes = {}  # The batch that is on its way to the journal.
         self._discarded: set[int] = set()
         self._unlinked: set[int] = set()  # Of these: the journal still has their Orphans.
         self._staged: dict[int, int] = {}  # Which staging file each row of the journal names, and all
@@ -106,6 +108,15 @@ class JournalKeeper:
         await waiter.done.wait()
         if waiter.error:
             raise MountReadOnly(waiter.error)
+
+    async def known(self, seqs: Iterable[int]) -> None:
+        """Return when the journal has these rows as they are now; at once while it can't be written.
+
+        To be awaited before the lake sees anything of them.
+        """
+        if any(seq in self._table.unjournaled or seq in self._writing for seq in seqs):
+            with suppress(MountReadOnly):
+                await self.settled()
 
     def check(self) -> None:
         """Raise MountReadOnly while the journal fails: to be asked before each change."""
@@ -153,6 +164,7 @@ class JournalKeeper:
         """Write all that has gathered; tell those who wait. Returns whether it worked."""
         # No await from here to the end of these three: who comes later waits for the next time.
         batch, self._table.unjournaled = self._table.unjournaled, {}
+        self._writing = batch
         waiters, self._waiters = self._waiters, []
         discarded, self._discarded = self._discarded, set()
         self._changed, self._hurry = trio.Event(), trio.Event()
@@ -164,6 +176,7 @@ class JournalKeeper:
                 self._table.unjournaled = {**batch, **self._table.unjournaled}
                 self._discarded |= discarded
                 self._changed.set()
+            self._writing = {}
             for waiter in waiters:
                 waiter.error = error or self.read_only_because
                 waiter.done.set()

@@ -13,7 +13,7 @@ from cache import messages
 from cache.index import remove_index
 from cache.metadata import SentId
 from cache.model import KIND_DIRECTORY
-from cache.pending import Move, Put
+from cache.pending import Move, Pending, Put, touched_keys
 from cache.store import boot_id
 from tests.uploads import QUICK, Mount, content, keys, mounted
 from tests.wiring import WatchedLake
@@ -133,6 +133,43 @@ async def test_a_later_state_with_the_same_times_is_not_taken_for_what_is_there(
         await mount.drain()
         assert content(lake, "file") == BODY == await mount.read("file")
         assert mount.uploader.queue() == []
+
+
+async def test_the_lake_sees_nothing_that_the_journal_does_not_know_of(tmp_path: Path) -> None:
+    """Else a power loss would leave what no row is about: the copy of a rename that never was."""
+    lake, missing = WatchedLake(), list[str]()
+    lake.fill({"file": BODY, "gone": b"1", "old/one": b"2"})
+    async with mounted(tmp_path, lake) as mount:
+        assert mount.cache.writing is not None
+        journal = mount.cache.writing.ledger.journal
+
+        def note(verb: str, key: str) -> None:
+            changes = verb in ("put", "copy", "delete")
+            if changes and not any(is_about(row, key.encode()) for row in journal.rows().values()):
+                missing.append(f"{verb} {key}")
+
+        lake.fault = note
+        for number in range(10):
+            await mount.put(f"new{number}", BODY)
+            await mount.mkdir(f"d{number}")
+            await mount.rename("old", "other")
+            await mount.rename("file", "renamed")
+            await mount.unlink("gone")
+            await mount.put("gone", BODY)
+            await mount.drain()
+            await mount.rename("other", "old")
+            await mount.rename("renamed", "file")
+            await mount.drain()
+        assert missing == []
+
+
+def is_about(row: Pending, key: bytes) -> bool:
+    key = bare(key)
+    return any(key == touched or key.startswith(touched + b"/") for touched in map(bare, touched_keys(row)))
+
+
+def bare(key: bytes) -> bytes:
+    return key.removesuffix(b"/")
 
 
 async def test_of_several_moves_the_last_knows_what_the_first_made_of_its_object(tmp_path: Path) -> None:
