@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,8 +99,12 @@ class SetReadAhead:
         fetches_max: int,
         make_upcoming: MakeUpcoming = lambda members: ListingOrder(),
         clock: Callable[[], float] = time.time,
+        prepare: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
-        """*nursery*: for surveys and fetches. *clock*: that of the uses' times."""
+        """*nursery*: for surveys and fetches. *clock*: that of the uses' times.
+
+        *prepare*: is awaited before each call of *make_upcoming*, and begun at the first use of a file.
+        """
         self._nursery = nursery
         self._lake = lake
         self._index = index
@@ -110,6 +114,8 @@ class SetReadAhead:
         self._keeping = Keeping(index, residency)
         self._make_upcoming = make_upcoming
         self._clock = clock
+        self._prepare = prepare
+        self._is_prepared = False  # Or on the way.
         self._recogniser = Recogniser()
         self._large_recogniser = Recogniser(large=True)
         self._parallelism = Parallelism(fetches_max)
@@ -201,6 +207,9 @@ class SetReadAhead:
         node = self._index.node(inode)
         if node is None or not node.vid or not node.size_bytes:
             return
+        if not self._is_prepared:
+            self._is_prepared = True
+            self._nursery.start_soon(self._guarded, lambda _: self._prepare(), None)
         directory, large = self._directory(node.parent), node.size_bytes > SMALL_OBJECT_BYTES_MAX
         grown = self._set_at(directory, large)
         if grown is not None:
@@ -261,6 +270,7 @@ class SetReadAhead:
         """Look what is below the candidate, and follow it as a set if it is one."""
         try:
             members = await self._survey.members(candidate)
+            await self._prepare()
         except SluiceError:
             members = None  # The lake is away: it is proposed again later.
         finally:

@@ -384,6 +384,7 @@ async def run_mover(
                     survey,
                     config.fetch_threads,
                     make_upcoming=orders.make_upcoming,
+                    prepare=orders.prepare,
                 )
                 nursery.start_soon(ahead.run)
             walker = Walker(index, lister)

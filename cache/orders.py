@@ -13,6 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # They need numpy, which takes a tenth of a second: imported 
 
 log = logging.getLogger(__name__)
 
+_NEEDED = "cache.policy.order.upcoming"
 _TOLD_MAX = 64  # Directories.
 _UPLOADS_MAX = 4
 _ABSENT_MAX = 32  # Directories of a hint that are not there, until the lake is no longer asked for more.
@@ -95,9 +97,19 @@ class Orders:
         self._told: OrderedDict[Inode, Told] = OrderedDict()  # The one told last comes last.
         self._uploads: OrderedDict[str, _Upload] = OrderedDict()
         self._sets: weakref.WeakKeyDictionary[OrderedUpcoming, Members] = weakref.WeakKeyDictionary()
+        self._is_prepared = False
         self._one_thread = trio.CapacityLimiter(1)
 
     # What comes next
+
+    async def prepare(self) -> None:
+        """Import what orders need, unless that was done: a fifth of a second in which nobody would be served.
+
+        In a thread, from the first use of a file on: until a set is recognised the mover waits for the lake.
+        """
+        if not self._is_prepared:
+            await trio.to_thread.run_sync(import_module, _NEEDED, limiter=self._one_thread)
+            self._is_prepared = True
 
     def make_upcoming(self, members: Members) -> OrderedUpcoming:
         """Return what says which of *members* comes next, as soon as their order is told or found."""
