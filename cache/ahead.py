@@ -145,6 +145,20 @@ class SetReadAhead:
             log.exception("sample sets are no longer watched, nothing is read ahead of epochs")
             self._is_broken = True
 
+    def announced(self, directory: Inode) -> None:
+        """Somebody told in which order the files below *directory* are about to be read. Raises nothing.
+
+        So what comes first is fetched before the first use: later, the readers would wait for it.
+        """
+        candidate = Candidate(directory, deep=True, large=False)
+        if not self._is_broken and candidate not in self._surveying:
+            self._surveying.add(candidate)
+            self._nursery.start_soon(self._guarded, self._follow_announced, candidate)
+
+    def orders_changed(self) -> None:
+        """Something else is known of the order of a set."""
+        self._wake.set()
+
     def waited(self, inode: Inode, seconds: float) -> None:
         """Note for how long a reader of the file waited for its bytes."""
         for followed in self._sets:
@@ -291,6 +305,25 @@ class SetReadAhead:
         self._add(followed)
         if samples.epoch:
             self._epoch_began(followed)
+
+    async def _follow_announced(self, candidate: Candidate) -> None:
+        try:
+            members = await self._survey.members(candidate)
+            await self._prepare()
+        finally:
+            self._surveying.discard(candidate)
+        if members is None or len(members) < _MEMBERS_MIN or self._is_followed(members):
+            return
+        samples = SampleSet(candidate.root, members, self._make_upcoming(members), deep=True)
+        samples.announce(self._clock())
+        followed = Followed(samples, surveyed_at_s=self._clock())
+        self._add(followed)
+        self._epoch_began(followed)
+
+    def _is_followed(self, members: Members) -> bool:
+        """Return whether some of *members* belong to a set already."""
+        some = (members.inodes[0], members.inodes[-1])
+        return any(other.samples.members.place(inode) is not None for other in self._sets for inode in some)
 
     def _add(self, followed: Followed) -> None:
         self._sets.insert(0, followed)

@@ -80,6 +80,7 @@ class Dispatcher:
         self._refresh_entry = refresh_entry
         gate = SlotGate(config.threads)
         sender = Sender(lake, gate, TokenBucket(config.bandwidth))
+        self.plans = Plans(committer, table, staging, opens, config)
         self._puts = Puts(
             lake,
             sender,
@@ -92,9 +93,9 @@ class Dispatcher:
             on_receipt,
             config.cache_id,
             Checkpoints(),
+            self.plans.note_upload,
         )
         self._moves = Moves(lake, index, committer, table, keeper, self._waits_for_close)
-        self.plans = Plans(committer, table, staging, opens, config)
         self._lanes: dict[str, deque[int]] = {lane: deque() for lane in _LANES}
         self._active = dict.fromkeys(_LANES, 0)
         self._lane_max = {**_LANES, "small": _LANES["small"] * config.threads}

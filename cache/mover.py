@@ -386,6 +386,7 @@ async def run_mover(
                     make_upcoming=orders.make_upcoming,
                     prepare=orders.prepare,
                 )
+                orders.on_change, orders.on_told = ahead.orders_changed, ahead.announced
                 nursery.start_soon(ahead.run)
             walker = Walker(index, lister)
             warmer = Warmer(lake_io, index, residency, fetcher, config.fetch_threads)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # They need numpy, which takes a tenth of a second: imported 
 log = logging.getLogger(__name__)
 
 _NEEDED = "cache.policy.order.upcoming"
+_LOOKED_ABOVE = 64  # Files of a hint, for the directory that they lie below.
 _TOLD_MAX = 64  # Directories.
 _UPLOADS_MAX = 4
 _ABSENT_MAX = 32  # Directories of a hint that are not there, until the lake is no longer asked for more.
@@ -98,6 +99,10 @@ class Orders:
         self._uploads: OrderedDict[str, _Upload] = OrderedDict()
         self._sets: weakref.WeakKeyDictionary[OrderedUpcoming, Members] = weakref.WeakKeyDictionary()
         self._is_prepared = False
+        # Of who reads ahead, which is made later: something else is known of an order; an order was told
+        # for what is below a directory of which no set is known.
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_told: Callable[[Inode], None] = lambda directory: None
         self._one_thread = trio.CapacityLimiter(1)
 
     # What comes next
@@ -176,6 +181,7 @@ class Orders:
             log.exception("the search for the order of a set failed")
             order = None
         then(order)
+        self.on_change()
 
     # What is told
 
@@ -215,9 +221,20 @@ class Orders:
         self._told[told.directory] = told
         if len(self._told) > _TOLD_MAX:
             self._told.popitem(last=False)
-        for upcoming, members in list(self._sets.items()):
-            if self.told_for(members) is told:
-                upcoming.tell(lambda members=members: self._order(told, members))  # type: ignore[misc]
+        concerned = [(one, members) for one, members in self._sets.items() if self.told_for(members) is told]
+        for upcoming, members in concerned:
+            upcoming.tell(lambda members=members: self._order(told, members))  # type: ignore[misc]
+        if not concerned:
+            self.on_told(self._root_of(told))
+
+    def _root_of(self, told: Told) -> Inode:
+        """Return the directory that a sampler shuffles, or the lowest one above all files that were named."""
+        if told.sampler is not None:
+            return told.directory
+        step = max(1, len(told.inodes) // _LOOKED_ABOVE)
+        above = [list(self._above(Inode(inode))) for inode in told.inodes[::step]]
+        shared = set(above[0]).intersection(*above)
+        return next((directory for directory in above[0] if directory in shared), told.directory)
 
     async def _add_paths(self, upload: _Upload, paths: list[str]) -> None:
         for step, path in enumerate(paths):

@@ -126,6 +126,13 @@ class Plans:
         if progress is not None:
             self._dirty_bytes -= progress.dirty_bytes
 
+    def note_upload(self, seq: int, key: bytes, upload_id: str) -> None:
+        """The lake has this unfinished multipart upload of the row; "": none."""
+        if upload_id:
+            self._uploads[seq] = (key, upload_id)
+        else:
+            self._uploads.pop(seq, None)
+
     def take_upload(self, seq: int) -> tuple[bytes, str] | None:
         """Return key and id of a multipart upload that the row told of, once."""
         return self._uploads.pop(seq, None)
@@ -139,10 +146,7 @@ class Plans:
 
     def _put_due_s(self, seq: int, row: Put, progress: Progress, now_s: float) -> float | None:
         """Return when the file is to be sent, None if not before it changes."""
-        if row.upload_id:
-            self._uploads[seq] = (row.upload_key, row.upload_id)
-        else:
-            self._uploads.pop(seq, None)
+        self.note_upload(seq, row.upload_key, row.upload_id)
         if row.state == CONFLICT:
             return None
         hurried = self.hurries > 0 or row.inode in self.urgent

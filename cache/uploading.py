@@ -57,8 +57,14 @@ class Receipt:
     stored_at_s: float
 
 
+NoteUpload = Callable[[int, bytes, str], None]
+
+
 class Puts:
-    """Carries out Put rows. *on_receipt* is told of each object stored."""
+    """Carries out Put rows. *on_receipt* is told of each object stored.
+
+    *note_upload* is told of each row's unfinished multipart upload (see `Plans`): it is ended with the row.
+    """
 
     def __init__(
         self,
@@ -73,6 +79,7 @@ class Puts:
         on_receipt: Callable[[Receipt], None],
         cache_id: str,
         checkpoints: Checkpoints,
+        note_upload: NoteUpload,
     ) -> None:
         self._lake = lake
         self._sender = sender
@@ -85,6 +92,7 @@ class Puts:
         self._on_receipt = on_receipt
         self._cache_id = cache_id
         self._checkpoints = checkpoints
+        self._note_upload = note_upload
         self.superseded: list[bytes] = []  # Versions that nobody can read any more.
 
     async def put(self, seq: int, on_sent: Callable[[int], None]) -> int:
@@ -221,7 +229,9 @@ class Puts:
         if content.size_bytes > SINGLE_PUT_BYTES_MAX:
             size_bytes = row.part_bytes or part_bytes(content.size_bytes, self._lake.lake.part_bytes_min)
             upload = Upload(size_bytes, partial(self._note_sending, seq, content, size_bytes), row.upload_id)
-            return await self._sender.put_parts(content, summed, metadata, row.base_etag, upload, on_sent)
+            info = await self._sender.put_parts(content, summed, metadata, row.base_etag, upload, on_sent)
+            self._note_upload(seq, b"", "")
+            return info
         await self._note_sending(seq, content, 0, "")
         info = await self._sender.put(content, summed, metadata, row.base_etag)
         on_sent(content.size_bytes)
@@ -243,6 +253,8 @@ class Puts:
             )
             if noted != row:
                 self._table.replace(w, seq, noted)
+            # Should the row go before anybody looks at it, the upload is known all the same.
+            self._note_upload(seq, row.key, upload_id)
             return True
 
         if not await self._committer.commit(change):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,7 @@ async def reading(
     *,
     fetches_max: int = 4,
     make_upcoming: MakeUpcoming = lambda members: ListingOrder(),
+    prepare: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     **settings: Any,
 ) -> AsyncIterator[Reading]:
     settings.setdefault("policy", "epoch")
@@ -111,6 +112,7 @@ async def reading(
             fetches_max,
             make_upcoming,
             clock=lambda: made.now_s,
+            prepare=prepare,
         )
         cache.nursery.start_soon(made.ahead.run)
         yield made
@@ -135,6 +137,26 @@ async def test_the_rest_of_a_set_is_fetched_once_an_epoch_is_seen(tmp_path: Path
         assert (shown["order"], shown["pattern"], shown["read_ahead"]) == ("unknown", "shuffled", "done")
         assert shown["fetched_ahead_bytes"] == (300 - 16) * SIZE - used_by_demand(reader)
         assert shown["wasted_bytes"] == 0
+
+
+async def test_what_orders_need_is_prepared_from_the_first_use_on_and_waited_for(tmp_path: Path) -> None:
+    calls, ready = list[int](), trio.Event()
+
+    async def prepare() -> None:
+        calls.append(len(calls))
+        await ready.wait()
+
+    async with reading(tmp_path, lake_of(300), prepare=prepare) as reader:
+        files = await reader.folder()
+        await reader.read(files[7])
+        await wait_all_tasks_blocked()
+        assert calls == [0]
+        await reader.read_all(shuffled(files, 1)[:24])
+        assert len(calls) == 2 and reader.ahead.status() == []
+        ready.set()
+        await reader.read_all(shuffled(files, 1)[24:30])
+        await reader.settled()
+        assert reader.cached(files) == files
 
 
 def used_by_demand(reader: Reading) -> int:

@@ -67,6 +67,47 @@ async def test_with_the_order_known_a_tenth_of_the_set_is_enough(tmp_path: Path)
         assert reader.only["wasted_bytes"] <= 8 * SIZE
 
 
+async def test_of_an_order_that_was_told_the_first_files_come_before_the_first_use(tmp_path: Path) -> None:
+    lake = lake_of(COUNT, size_bytes=SIZE)
+    async with reading(tmp_path, lake, tiers=TENTH, make_upcoming=told(by_sampler)) as reader:
+        files = await reader.folder()
+        reader.ahead.announced(reader.cache.names()["set"][0])
+        await reader.settled()
+        order = epoch(files, 0)
+        assert reader.cached(order[:24]) == order[:24]
+        assert lake.requests["get"] < COUNT // 4  # No more than the window of a reader who has begun.
+        shown = reader.only
+        assert (shown["epoch"], shown["used_share"], shown["pattern"]) == (1, 0.0, "too few uses")
+        assert await read_paced(reader, order) <= 8
+        assert lake.requests["get"] <= COUNT + 8 and reader.only["epoch"] == 1
+        assert await read_paced(reader, epoch(files, 1)) <= 24
+        assert reader.only["epoch"] == 2
+
+
+async def test_what_is_announced_and_not_read_is_given_up(tmp_path: Path) -> None:
+    lake = lake_of(COUNT, size_bytes=SIZE)
+    async with reading(tmp_path, lake, tiers=TENTH, make_upcoming=told(by_sampler)) as reader:
+        await reader.folder()
+        reader.ahead.announced(reader.cache.names()["set"][0])
+        await reader.settled()
+        before = lake.requests["get"]
+        reader.now_s += 3600
+        reader.ahead.orders_changed()
+        await reader.settled()
+        assert lake.requests["get"] == before
+
+
+async def test_a_set_that_is_followed_is_announced_in_vain(tmp_path: Path) -> None:
+    async with reading(tmp_path, lake_of(300), make_upcoming=told(by_sampler)) as reader:
+        files = await reader.folder()
+        await reader.read_all(shuffled(files, 1)[:24])
+        await reader.settled()
+        reader.ahead.announced(reader.cache.names()["set"][0])
+        reader.ahead.announced(ROOT_INODE)
+        await reader.settled()
+        assert reader.only["uses"] == 24 - 16
+
+
 async def test_what_the_next_epoch_needs_first_is_still_there(tmp_path: Path) -> None:
     lake, tiers = lake_of(COUNT, size_bytes=SIZE), (TierSpec("nvme0", 24 * MIB),)
     async with reading(tmp_path, lake, tiers=tiers, make_upcoming=told(by_sampler)) as reader:

@@ -98,6 +98,34 @@ async def test_a_hint_for_a_set_that_is_being_read_is_used_at_once(tmp_path: Pat
         assert upcoming.is_known and coming(upcoming, 9) == [7, 5, 3]
 
 
+async def test_who_reads_ahead_hears_what_was_told_of_no_set_that_is_known(
+    tmp_path: Path, lake: WatchedLake
+) -> None:
+    async with wiring.open_cache(tmp_path, lake, with_tiers=False) as cache:
+        orders, announced = Orders(cache.nursery, cache.index, cache.lister), list[Inode]()
+        orders.on_told = announced.append
+        train = await orders._directory(b"train")
+        class0 = await orders._directory(b"train/class0")
+        await orders.hint(hint(sampler={"family": "torch", "seed": 5, "world": 1, "ranks": [0]}))
+        await orders.hint(hint(paths=[key(0), key(1)]))
+        await orders.hint(hint(directory="", paths=KEYS))
+        assert announced == [train, class0, train]
+        upcoming = orders.make_upcoming(await members_of(cache))
+        await orders.hint(hint(paths=[key(2)]))
+        assert announced == [train, class0, train]
+        await settled(upcoming)
+
+
+async def test_each_change_of_an_order_is_told(tmp_path: Path, lake: WatchedLake) -> None:
+    async with wiring.open_cache(tmp_path, lake, with_tiers=False) as cache:
+        orders, changed = Orders(cache.nursery, cache.index, cache.lister), trio.Event()
+        orders.on_change = changed.set
+        upcoming = orders.make_upcoming(await members_of(cache))
+        await orders.hint(hint(indices=[7, 5]))
+        await changed.wait()
+        assert upcoming.is_known
+
+
 async def test_a_hint_may_come_in_parts(tmp_path: Path, lake: WatchedLake) -> None:
     async with wiring.open_cache(tmp_path, lake, with_tiers=False) as cache:
         orders = Orders(cache.nursery, cache.index, cache.lister)

@@ -458,6 +458,21 @@ async def test_an_unlinked_file_of_several_parts_leaves_no_upload_behind(tmp_pat
         assert keys(lake) == [] and mount.uploader.queue() == []
 
 
+async def test_a_file_unlinked_during_its_upload_leaves_none_behind(tmp_path: Path) -> None:
+    lake = WatchedLake()
+    lake.fault = Faults(put_part=10**6)
+    lake.fault.error = LakeUnavailable
+    async with mounted(tmp_path, lake) as mount:
+        await mount.put("big", body_of(40 * MIB))
+        await mount.until(lambda: bool(lake._uploads))
+        assert mount.uploader.queue()[0]["state"] == "running"
+        await mount.unlink("big")
+        lake.fault = None
+        await mount.drain()
+        await mount.until(lambda: not lake._uploads)
+        assert keys(lake) == [] and mount.uploader.queue() == []
+
+
 async def test_a_symlink_is_an_object_that_holds_its_target(tmp_path: Path) -> None:
     lake = WatchedLake()
     async with mounted(tmp_path, lake) as mount:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.policy.order.spec import Spec
 from tests.mounting import Folder, LiveMount, Mounting, content, sluice, until
 from tools.mounted import sluice_command
 from tools.simulate.trace import read_trace
@@ -57,6 +58,21 @@ def test_places_and_samplers_are_told_for_a_directory(mount: LiveMount, tmp_path
     done = told(mount, tmp_path, b"sampler=torch seed=3 world=2 ranks=0", mount.directory / "train")
     assert (done.returncode, done.stderr) == (0, "")
     assert "torch with seed 3, in this epoch and the next ones" in done.stdout
+
+
+def test_what_was_told_is_fetched_before_anybody_reads(mount: LiveMount, tmp_path: Path) -> None:
+    assert told(mount, tmp_path, b"sampler=torch seed=3", mount.directory / "train").returncode == 0
+
+    def cached_share() -> float:
+        return sum(float(one["cached_share"]) for one in mount.status()["sets"])
+
+    until(lambda: cached_share() >= 48 / FILES, "the least that is ahead of a reader is cached")
+    (shown,) = mount.status()["sets"]
+    assert (shown["path"], shown["uses"], shown["order"]) == ("train", 0, "told: torch with seed 3")
+    files = sorted(f"train/c{number % 3}/{number:02d}.jpg" for number in range(FILES))
+    for place in Spec("torch", 3).order(FILES)[:8]:
+        assert mount.read_anew(files[place]) == content(3000, int(files[place][-6:-4]))
+    assert mount.reads()["bytes_by_source"]["lake"] == 0
 
 
 def test_a_hint_may_name_its_directory_itself(mount: LiveMount, tmp_path: Path) -> None:

@@ -211,6 +211,11 @@ class SampleSet:
             return True
         return False
 
+    def announce(self, now_s: float) -> None:
+        """Somebody told that the first epoch is about to begin."""
+        assert self.epoch == 0 and not self._uses
+        self.epoch, self.last_used_s = 1, now_s
+
     def _used_first(self, place: int, now_s: float) -> None:
         self._first_uses += 1
         follows = any(place - step in self._near for step in _IN_A_SCAN)
@@ -278,7 +283,7 @@ class SampleSet:
 
     @property
     def pattern(self) -> Pattern:
-        if self.epoch == 0:
+        if self.epoch == 0 or not self._uses:
             return Pattern.FEW
         if self.records_used * 2 > self.used_count:
             return Pattern.RECORDS

@@ -213,7 +213,8 @@ class OrderedUpcoming:
 
     def _window(self) -> int:
         """Return how many files to have fetched before they are read: as few as the lake's latency allows."""
-        uses = _AHEAD_TIMES * self._rate.per_s(self._now_s) * self.lead_s
+        per_s = self._rate.per_s(self._now_s)
+        uses = _AHEAD_TIMES * per_s * self.lead_s if per_s else 0.0  # Before the first use: the least.
         return int(min(self._count, max(_AHEAD_MIN, uses)))
 
     def _find(self, finder: Finder) -> None:
