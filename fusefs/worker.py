@@ -21,7 +21,8 @@ from fusefs.durability import Durability
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import Namespace
 from fusefs.shared import Shared
-from fusefs.writing import WriteGate, Writing
+from fusefs.write_gate import WriteGate
+from fusefs.writing import Writing
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import trio
 
 from cache.client import MoverClient
-from cache.counters import CounterRow, Counters, WriteBudget
 from cache.errors import (
     AttributeMissing,
     CacheError,
@@ -36,7 +35,6 @@ from cache.errors import (
 )
 from cache.index import Index
 from cache.messages import (
-    AwaitRoom,
     Change,
     Closed,
     Create,
@@ -55,6 +53,7 @@ from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
+from fusefs.write_gate import WriteGate
 
 log = logging.getLogger(__name__)
 
@@ -83,38 +82,6 @@ class Room:
     free_bytes: int
     files: int
     free_files: int
-
-
-class WriteGate:
-    """Holds writers up while the lake lacks more bytes than --dirty-max.
-
-    *counters*: of all processes, *row*: this one's.
-    """
-
-    def __init__(self, counters: Counters, row: CounterRow, budget: WriteBudget, mover: MoverClient) -> None:
-        self._counters = counters
-        self._row = row
-        self._budget = budget
-        self._mover = mover
-        self._is_held_up = False
-
-    @property
-    def room_bytes(self) -> int:
-        return max(0, self._budget.allowed_until - self._counters.total("bytes_written"))
-
-    async def enter(self) -> None:
-        """Return when there is room. Raises SluiceError when the mover can't be asked."""
-        while self.room_bytes == 0:
-            if not self._is_held_up:
-                self._is_held_up = True
-                log.warning("writers wait: the lake lacks as many bytes as --dirty-max allows")
-            await self._mover.ask(AwaitRoom())
-        if self._is_held_up:
-            self._is_held_up = False
-            log.info("writers go on")
-
-    def wrote(self, length: int) -> None:
-        self._row.add("bytes_written", length)
 
 
 class Writing:

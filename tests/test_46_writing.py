@@ -41,7 +41,8 @@ from fusefs.durability import Durability  # noqa: E402
 from fusefs.filesystem import WRITING_BIT, Filesystem  # noqa: E402
 from fusefs.guarding import ERRNO_OF, errno_of  # noqa: E402
 from fusefs.namespace import Namespace  # noqa: E402
-from fusefs.writing import Owner, WriteGate, Writing  # noqa: E402
+from fusefs.write_gate import WriteGate  # noqa: E402
+from fusefs.writing import Owner, Writing  # noqa: E402
 
 KIB = 1 << 10
 ME = Owner(1000, 100)
@@ -355,7 +356,7 @@ async def test_a_disk_that_fills_up_takes_what_fits_and_says_how_much(
 async def test_writers_wait_for_room_and_the_log_says_so_once(
     setting: Setting, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    caplog.set_level("INFO", "fusefs.writing")
+    caplog.set_level("INFO", "fusefs.write_gate")
     handle, _ = await setting.create()
     setting.budget.allowed_until = 10
 
