@@ -428,9 +428,10 @@ class PendingTable:
                 continue
             if isinstance(row, Delete):
                 yield seq, b""  # Of a directory only when it is empty.
-            elif isinstance(row, Move) and not row.copied and row.key == place:
-                if row.is_tree or place == key:
-                    yield seq, row.source + key[len(place) :]
+            if not isinstance(row, Move) or row.copied or row.key != place:
+                continue
+            if row.is_tree or place == key:
+                yield seq, row.source + key[len(place) :]
 
     def blocked(self, seq: int) -> bool:
         """Return whether an earlier operation, or one under way, touches the same keys: it goes first."""
