@@ -63,8 +63,11 @@ class Engine:
         self._is_gathering = False
         self._stopped = False
         self._token = trio.lowlevel.current_trio_token()
-        for i in range(threads):
-            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True).start()
+        self._workers = [
+            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)
+        ]
+        for worker in self._workers:
+            worker.start()
 
     async def run(self, call: Callable[[], T], *, demand: bool = True) -> T:
         """Return what *call* returns, or raise what it raises.

@@ -415,14 +415,22 @@ class PendingTable:
             steps = [step for place in (key, *prefixes(key)) for step in self._steps_back(key, place, before)]
             if not steps:
                 return key
-            before, key = max(steps)
+            before, source = max(steps)
+            if not source:
+                return key  # What was brought there before was deleted: this came after it.
+            key = source
 
     def _steps_back(self, key: bytes, place: bytes, before: int) -> Iterator[tuple[int, bytes]]:
+        """Yield each operation that brings *key* along to *place*, and where from: b"" if it ends there."""
         for seq in self._claims.at(place):
             row = self.rows[seq]
-            if seq >= before or not isinstance(row, Move) or row.copied:
+            if seq >= before:
                 continue
-            if row.key == place and (row.is_tree or place == key):
+            if isinstance(row, Delete):
+                yield seq, b""  # Of a directory only when it is empty.
+            if not isinstance(row, Move) or row.copied or row.key != place:
+                continue
+            if row.is_tree or place == key:
                 yield seq, row.source + key[len(place) :]
 
     def blocked(self, seq: int) -> bool:

@@ -242,7 +242,7 @@ class LakeWatch:
 def drain(mount: LiveMount) -> None:
     """Wait until the lake has everything."""
     done = sluice("sync", mount.directory)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     queue = control.call(mount.directory, "queue")
     assert queue["entries"] == [], queue
 

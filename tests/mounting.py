@@ -167,7 +167,8 @@ class LiveMount(Mounted):
     def kill_all(self) -> None:
         """End every process at once."""
         self._was_killed = True
-        kill_each(processes_naming(self.home))
+        while pids := processes_naming(self.home):  # Before its own end the supervisor may replace a worker.
+            kill_each(pids)
 
     def crash(self) -> None:
         """Kill everything and clear the dead mount away, as the user would."""

@@ -682,6 +682,22 @@ def test_what_a_later_move_of_its_directory_carries_along_is_there(home: Home) -
     assert without_inodes(home.rows()) == perhaps_sent(rows)
 
 
+def test_what_takes_the_name_of_a_directory_that_was_moved_and_removed_is_not_where_that_was(
+    home: Home,
+) -> None:
+    """Else what lies below it would be looked for there once its own moves are made."""
+    rows: dict[int, Pending] = {
+        1: Move(b"x/", b"c", 0, KIND_DIRECTORY),
+        2: Delete(b"c/"),
+        3: Move(b"y/", b"a/sub", 4, KIND_DIRECTORY, to=b"c/sub"),
+        4: Move(b"c/", b"a", 5, KIND_DIRECTORY),
+        5: Mark(b"a", 5, is_new=True),
+    }
+    home.write_journal(rows)
+    home.start()
+    assert home.node("a")[1].origin == b"c/" and home.node("a/sub")[1].origin == b"y/"
+
+
 def test_what_waits_for_somebody_is_not_carried_along(home: Home) -> None:
     home.stage(1)
     rows: dict[int, Pending] = {

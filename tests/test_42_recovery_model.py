@@ -49,7 +49,7 @@ async def test_a_lost_index_is_made_anew_from_the_journal(tmp_path: Path, seed: 
                         assert cache.uploader is not None
                         await cache.uploader.drain()
                         check_lake(lake, cache, model)
-                await requests_carried_out()
+                await requests_carried_out(cache)
                 remove_index(tmp_path)
                 steps.append("the index is lost")
     except BaseException:

@@ -305,7 +305,7 @@ async def test_a_random_walk(tmp_path: Path, seed: int) -> None:
                         check_lake(lake, cache, model)
                         await walk.files.changes.forget_replaced(math.inf)
                         assert not cache.table.rows, cache.table.rows
-                await requests_carried_out()
+                await requests_carried_out(cache)
                 steps.append("the next mover")
     except BaseException:
         print("seed", seed, *steps, sep="\n  ")

@@ -213,8 +213,8 @@ def test_killed_workers_and_movers_fail_no_operation_and_lose_nothing(
     roles = ["workers", "mover"] if role == "both" else [role]
     with performing(mount, FolderView(folder), seed, 2 * COUNT, "a", "b") as (performed, _):
         for line in chosen_lines(Story(script(seed, 2 * COUNT, "a")), seed, points(few=5)):
-            pids = until(lambda: known_pids(mount), "all processes are there")
-            performed.wait_for(line)
+            pids = until(lambda: known_pids(mount), "all processes are there", TIMEOUT_S)
+            performed.wait_for(line, TIMEOUT_S)
             kill_each([roll.choice(pids[roll.choice(roles)])])
 
 

@@ -267,18 +267,17 @@ async def open_cache(
             channel.close()
 
 
-async def requests_carried_out() -> None:
-    """Return once the lake has carried out what caches that are closed now were still asking of it.
+async def requests_carried_out(cache: Cache) -> None:
+    """Return once the lake has carried out what *cache*, which is closed, was still asking of it.
 
     What a killed process had asked for may be carried out late in the product too, after what the next
     one asks for: ARCHITECTURE says so ("Where it could break"), and no test asks for more.
     """
 
     def join() -> None:
-        for thread in threading.enumerate():
-            if thread.name.startswith("lake-"):
-                thread.join(_WAIT_S)
-                assert not thread.is_alive(), f"{thread.name} does not end"
+        for thread in cache.lake_engine._workers:
+            thread.join(_WAIT_S)
+            assert not thread.is_alive(), f"{thread.name} does not end"
 
     await trio.to_thread.run_sync(join)
 
