@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.index import Index
 from tests.mounting import Folder, LiveMount, Mounting, content, kill_each, until
 from tools.mounted import sluice_command
 
@@ -40,6 +41,15 @@ def writable(request: pytest.FixtureRequest, mounting: Mounting, folder: Folder)
 
 def granted(mount: LiveMount) -> int:
     return int(mount.reads()["requests"]["opens_granted"])
+
+
+def unlinked(mount: LiveMount) -> int:
+    """Return how many files without a name are kept for those who have them open."""
+    index = Index(mount.cache)
+    try:
+        return index.entries()["detached"]
+    finally:
+        index.close()
 
 
 def open_by_grant(mount: LiveMount, path: Path) -> int:
@@ -97,11 +107,13 @@ def test_an_unlinked_file_is_there_for_who_has_it_open_and_leaves_the_lake_after
     fd = open_by_grant(writable, path)
     path.unlink()
     assert not path.exists()
+    assert unlinked(writable) == 1
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     assert os.pread(fd, len(BODY), 0) == BODY
     assert os.fstat(fd).st_nlink == 0
     os.close(fd)
     until(lambda: not (folder.path / "sample").exists(), "the lake deleted it")
+    until(lambda: unlinked(writable) == 0, "the mover heard of the close")
     assert writable.status()["dirty_bytes"] == 0
 
 
