@@ -194,6 +194,18 @@ class LiveMount(Mounted):
     def reads(self) -> dict[str, Any]:
         return dict(self.status()["reads"])
 
+    def asks_nothing(self, action: Callable[[], object], counter: str = "reads") -> bool:
+        """Whether a run of *action* sends us no request of the kind.
+
+        Several runs are tried: the kernel may drop a page at any time, and then asks for it.
+        """
+        for _ in range(5):
+            before = self.reads()["requests"][counter]
+            action()
+            if self.reads()["requests"][counter] == before:
+                return True
+        return False
+
     def read_anew(self, path: str) -> bytes:
         """Read the file past the page cache: the reads come to us."""
         with (self.directory / path).open("rb") as file:
