@@ -2,8 +2,8 @@
 
 `mounting` makes mounts below the test's temporary directory. At its end each is unmounted; what
 then still runs is killed by its own pid, what is still mounted is detached, and either fails the
-test. A mount that does not answer is killed after PATIENCE_S, so that no read hangs for ever. Should
-pytest itself be killed, a shell that waits for its end does the same.
+test. Shortly before pytest would end a test that takes too long its mount is killed, and the test says
+so: no read hangs for ever. Should pytest itself be killed, a shell that waits for its end does the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.memory_s3 import ENVIRONMENT, MemoryS3
 from tools.mounted import Mounted, MountFailed, sluice_command
 from tools.servers import SeaweedServer
 
-PATIENCE_S = 100.0  # Less than pytest's own limit for a test.
+PATIENCE_S = 100.0  # How long a mount may live: 20 s less than pytest's own limit for a test.
 ENDS_WITHIN_S = 20.0
 MIB = 1 << 20
 _ACCESS = ("--read-only", "--no-read-only", "ro", "rw")
@@ -121,12 +121,20 @@ def end_all(home: Path) -> str:
 class LiveMount(Mounted):
     """A mount below *home* whose processes a test may look at and kill."""
 
-    def __init__(self, lake: str, home: Path, options: list[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        lake: str,
+        home: Path,
+        options: list[str],
+        environment: Mapping[str, str],
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         if not any(option in _ACCESS for option in options):
             options = ["--read-only", *options]  # Most tests read; those that write say so.
         super().__init__(lake, home / "mount", home / "cache", options, environment)
         self.home = home
         self.program = [sluice_command()]  # What runs `sluice` here.
+        self._patience_s = patience_s
         self._watchdog: threading.Timer | None = None
         self._was_killed = False
 
@@ -138,7 +146,7 @@ class LiveMount(Mounted):
 
     def mount(self) -> None:
         super().mount()
-        self._watchdog = threading.Timer(PATIENCE_S, self.kill_all)
+        self._watchdog = threading.Timer(self._patience_s, self._give_up)
         self._watchdog.daemon = True
         self._watchdog.start()
 
@@ -163,6 +171,10 @@ class LiveMount(Mounted):
     def _cancel_watchdog(self) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
+
+    def _give_up(self) -> None:
+        print(f"{self.directory}: killed, for the test took longer than {self._patience_s:.0f} s")
+        self.kill_all()
 
     def kill_all(self) -> None:
         """End every process at once."""
@@ -243,8 +255,9 @@ def guardian(home: Path) -> Iterator[None]:
 class Mounting:
     """Makes mounts below *home*; `end` ends them and fails if one would not end by itself."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, patience_s: float = PATIENCE_S) -> None:
         self.home = home
+        self._patience_s = patience_s
         self._mounts: list[LiveMount] = []
 
     def prepare(
@@ -266,7 +279,7 @@ class Mounting:
         }
         given = {option.partition("=")[0] for option in options}
         wanted = [f"{option}={value}" for option, value in defaults.items() if option not in given]
-        made = LiveMount(lake, home, [*wanted, *options], environment or {})
+        made = LiveMount(lake, home, [*wanted, *options], environment or {}, self._patience_s)
         self._mounts.append(made)
         return made
 
@@ -287,8 +300,8 @@ class Mounting:
 
 
 @contextmanager
-def mounting_below(home: Path) -> Iterator[Mounting]:
-    made = Mounting(home)
+def mounting_below(home: Path, patience_s: float = PATIENCE_S) -> Iterator[Mounting]:
+    made = Mounting(home, patience_s)
     with guardian(home):
         try:
             yield made
@@ -298,8 +311,9 @@ def mounting_below(home: Path) -> Iterator[Mounting]:
 
 
 @pytest.fixture
-def mounting(tmp_path: Path) -> Iterator[Mounting]:
-    with mounting_below(tmp_path) as made:
+def mounting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounting]:
+    limit = request.node.get_closest_marker("timeout")
+    with mounting_below(tmp_path, limit.args[0] - 20 if limit else PATIENCE_S) as made:
         yield made
 
 
