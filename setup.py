@@ -13,7 +13,8 @@ import sys
 
 from setuptools import Extension, setup
 
-SOURCE = "fusefs/channel.c"
+SOURCES = ["fusefs/channel.c", "fusefs/grants.c", "fusefs/receiver.c"]
+HEADER = "fusefs/channel.h"
 
 
 def pkg_config(*arguments: str) -> list[str]:
@@ -24,9 +25,10 @@ def pkg_config(*arguments: str) -> list[str]:
 
 def extensions() -> list[Extension]:
     """Return the extension when it can be built here, else nothing and one line that says why."""
-    if not os.path.exists(SOURCE):
-        print(f"sluicefs: {SOURCE} is not there; building without fusefs._channel", file=sys.stderr)
-        return []
+    for path in [*SOURCES, HEADER]:
+        if not os.path.exists(path):
+            print(f"sluicefs: {path} is not there; building without fusefs._channel", file=sys.stderr)
+            return []
     try:
         compile_flags, link_flags = pkg_config("--cflags"), pkg_config("--libs")
     except (OSError, subprocess.CalledProcessError) as error:
@@ -40,9 +42,10 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "fusefs._channel",
-            [SOURCE],
-            extra_compile_args=compile_flags,
-            extra_link_args=link_flags,
+            SOURCES,
+            depends=[HEADER],
+            extra_compile_args=[*compile_flags, "-pthread"],
+            extra_link_args=[*link_flags, "-pthread"],
             optional=True,
         )
     ]

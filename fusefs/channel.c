@@ -4,10 +4,10 @@
  * libfuse functions below bind to it. Each calls libfuse's own and changes one thing:
  *
  * fuse_session_receive_buf
- *   Several workers wait for the same device. The kernel wakes all of them for one request; one
- *   gets it, and the others would block in read(2) with their answers unsent. So the supervisor
- *   sets O_NONBLOCK on the device, and the loser's read fails with EAGAIN. libfuse passes that on
- *   as -EAGAIN, which pyfuse3 takes for a failure of the session, while -EINTR is "wait again".
+ *   Where a thread receives (receiver.c: several workers), it hands over what that has kept. Else it
+ *   calls libfuse's own. The supervisor has set O_NONBLOCK on the device then: should another process be
+ *   faster, read(2) fails with EAGAIN. libfuse passes that on as -EAGAIN, which pyfuse3 takes for
+ *   a failure of the session, while -EINTR is "wait again".
  *
  *   Where open(2) sends no request (the first OPEN was answered with ENOSYS), the kernel's file
  *   handle is 0 in every READ, and pyfuse3 hands its handlers only the handle. An inode number
@@ -20,11 +20,8 @@
  *   The number and the process of the request that was received last are kept for the handler that
  *   pyfuse3 starts with it: last_unique(), last_pid().
  *
- *   An open for reading of an inode that has a grant is answered here, and so is its release: through
- *   Python the two cost ten times as much. Who gets a grant, Python decides, once for many opens (grants.py).
- *   The table of grants lies in memory that all processes share, a 64-bit word for each inode, so that each
- *   step is one compare-and-swap. Which inodes were opened is kept for Python, which asks every so often:
- *   drained(). While requests of this kind come one upon the other, the next is waited for here.
+ *   Opens and releases of inodes that have a grant are answered here (grants.c). While requests of this
+ *   kind come one upon the other, the next is waited for here.
  *
  * fuse_session_new
  *   INIT's reply carries how many requests that nobody waits for, reads ahead among them, may be
@@ -37,8 +34,8 @@
  *   handle say it here: the kernel may cache them, and what it has cached already is still good.
  *
  * fuse_session_mount
- *   Where want_passthrough() was called, libfuse's public hook for its device I/O is set. Each reply
- *   then comes by here in the kernel's format. INIT's gets what agrees on FUSE_PASSTHROUGH, if the
+ *   libfuse's public hook for its device I/O is set. Each reply then comes by here in the kernel's format.
+ *   Where want_passthrough() was called, INIT's gets what agrees on FUSE_PASSTHROUGH, if the
  *   kernel offers it. To an OPEN or CREATE that pass_through() named, the backing id is added: the
  *   kernel then reads and writes the file behind that id, and no READ or WRITE is sent.
  *
@@ -46,14 +43,10 @@
  * ABI.
  */
 #define _GNU_SOURCE
-#define PY_SSIZE_T_CLEAN
-#define FUSE_USE_VERSION 31
-#include <Python.h>
+#include "channel.h"
+
 #include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <fuse3/fuse_lowlevel.h>
-#include <linux/fuse.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -62,23 +55,15 @@
 
 #define MAX_BACKGROUND 256
 #define CONGESTION_THRESHOLD 192
-#define UNIQUE_RESEND (UINT64_C(1) << 63) /* FUSE_UNIQUE_RESEND of newer headers. */
 #define FLAGS2_PASSTHROUGH (UINT32_C(1) << 5) /* FUSE_PASSTHROUGH, kernel 6.9: bit 37 of the flags. */
 #define INIT_EXT (UINT32_C(1) << 30)	      /* FUSE_INIT_EXT. */
 #define OPEN_PASSTHROUGH (UINT32_C(1) << 7)   /* FOPEN_PASSTHROUGH. */
-#define OPEN_NOFLUSH (UINT32_C(1) << 5)	      /* FOPEN_NOFLUSH, kernel 5.16. */
 #define STACK_DEPTH 1			      /* The backing file is on no stacked file system. */
 #define REPLIES_MAX 256
 #define CACHE_ENTRIES (UINT64_C(1) << 60) /* Of a directory handle, as in operations.py. */
 #define KEEP_ENTRIES (UINT64_C(1) << 61)
-#define GRANTED_BIT (UINT64_C(1) << 63) /* Of a file handle that was given out here, as in filesystem.py. */
-/* A word of the table: the inode above, then whether the grant was withdrawn, then how many have it open. */
-#define WITHDRAWN (UINT64_C(1) << 23)
-#define COUNT_MAX (WITHDRAWN - 1)
-#define INODE_SHIFT 24
-#define GRANTED_INODE_MAX ((UINT64_C(1) << (64 - INODE_SHIFT)) - 1)
-#define OPENED_MAX 8192
 #define ANSWERS_MAX 64	  /* In one go: then Python's other tasks have their turn. */
+#define HEADERS_BYTES 4096 /* Before the bytes of a WRITE; as libfuse has it. */
 #define LINGER_NS 100000L /* A program takes less between two opens of small files. */
 
 typedef int receive_function(struct fuse_session *, struct fuse_buf *);
@@ -92,7 +77,10 @@ static uint64_t last_unique;
 static uint32_t last_pid;
 
 static enum { UNWANTED, NO_HOOK, NO_KERNEL, AGREED } passthrough = UNWANTED;
-static uint64_t init_unique; /* Of the INIT that offered FUSE_PASSTHROUGH, until it is answered. */
+static uint64_t init_unique; /* Of INIT, until it is answered. */
+static int offers_passthrough;
+static struct fuse_session *hooked; /* The session whose replies come by here; NULL: none. */
+static uint32_t max_write;	     /* As the kernel was told. */
 
 /* The first fields of the kernel's fuse_init_in and fuse_init_out. Older headers lack the last. */
 struct init_in {
@@ -105,12 +93,6 @@ struct init_out {
 	uint32_t max_write, time_gran;
 	uint16_t max_pages, map_alignment;
 	uint32_t flags2, max_stack_depth;
-};
-
-struct open_out {
-	uint64_t fh;
-	uint32_t open_flags;
-	int32_t backing_id;
 };
 
 /* Opens that are answered next with a backing id. They are few: pyfuse3 answers when the handler
@@ -139,21 +121,24 @@ static void note_init(const struct fuse_in_header *in, size_t length)
 {
 	struct init_in arg;
 
+	init_unique = in->unique;
+	offers_passthrough = 0;
 	if (passthrough != NO_KERNEL || length < sizeof(*in) + sizeof(arg))
 		return;
 	memcpy(&arg, in + 1, sizeof(arg));
-	if ((arg.flags & INIT_EXT) && (arg.flags2 & FLAGS2_PASSTHROUGH))
-		init_unique = in->unique;
+	offers_passthrough = (arg.flags & INIT_EXT) && (arg.flags2 & FLAGS2_PASSTHROUGH);
 }
 
-static void agree_on_passthrough(const struct iovec *body)
+static void change_init(const struct iovec *body)
 {
 	struct init_out arg;
 
 	if (body->iov_len < sizeof(arg))
 		return;
 	memcpy(&arg, body->iov_base, sizeof(arg));
-	if (arg.flags & FUSE_WRITEBACK_CACHE) /* The kernel takes one of the two. */
+	max_write = arg.max_write;
+	/* The kernel takes one of the two. */
+	if (!offers_passthrough || (arg.flags & FUSE_WRITEBACK_CACHE))
 		return;
 	arg.flags |= INIT_EXT;
 	arg.flags2 |= FLAGS2_PASSTHROUGH;
@@ -190,7 +175,7 @@ static void change_reply(const struct iovec *pieces, int count)
 	if (out.unique == init_unique) {
 		init_unique = 0;
 		if (!out.error && count == 2)
-			agree_on_passthrough(&pieces[1]);
+			change_init(&pieces[1]);
 		return;
 	}
 	backing_id = take_backing_id(out.unique & ~UNIQUE_RESEND);
@@ -198,164 +183,11 @@ static void change_reply(const struct iovec *pieces, int count)
 		add_backing_id(&pieces[1], backing_id);
 }
 
-/* Grants. The table is any process's, what follows it is this one's. */
-
-struct grants {
-	uint64_t *words;
-	uint64_t count; /* A power of two. */
-};
-
-static struct grants answered_from; /* None: {0}. */
-static Py_buffer answered_view;
-static struct {
-	uint64_t inode;
-	struct timespec at;
-} opened[OPENED_MAX];
-static unsigned opened_count;
-static uint64_t answered_count;
-
-static uint64_t *word_of(struct grants grants, uint64_t inode)
+static void note_request(struct fuse_in_header *in, size_t length)
 {
-	return &grants.words[(inode * UINT64_C(0x9E3779B97F4A7C15) >> 20) & (grants.count - 1)];
-}
-
-static int is_for(uint64_t word, uint64_t inode)
-{
-	return inode && word >> INODE_SHIFT == inode;
-}
-
-static int swap(uint64_t *place, uint64_t *expected, uint64_t wanted)
-{
-	return __atomic_compare_exchange_n(place, expected, wanted, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-}
-
-/* Count one more open of an inode that has a grant; return whether it has. */
-static int open_granted(struct grants grants, uint64_t inode)
-{
-	uint64_t *place = word_of(grants, inode), word = __atomic_load_n(place, __ATOMIC_SEQ_CST);
-
-	do {
-		if (!is_for(word, inode) || (word & WITHDRAWN) || (word & COUNT_MAX) == COUNT_MAX)
-			return 0;
-	} while (!swap(place, &word, word + 1));
-	return 1;
-}
-
-/* Count one open less. *even_withdrawn*: else nothing happens to a grant that was withdrawn. */
-static int close_granted(struct grants grants, uint64_t inode, int even_withdrawn)
-{
-	uint64_t *place = word_of(grants, inode), word = __atomic_load_n(place, __ATOMIC_SEQ_CST), wanted;
-
-	do {
-		if (!is_for(word, inode) || !(word & COUNT_MAX) || ((word & WITHDRAWN) && !even_withdrawn))
-			return 0;
-		wanted = word - 1;
-		if ((wanted & WITHDRAWN) && !(wanted & COUNT_MAX))
-			wanted = 0;
-	} while (!swap(place, &word, wanted));
-	return 1;
-}
-
-/* It fails where an inode that is open has the place. */
-static int give_grant(struct grants grants, uint64_t inode)
-{
-	uint64_t *place = word_of(grants, inode), word = __atomic_load_n(place, __ATOMIC_SEQ_CST);
-	uint64_t wanted;
-
-	if (!inode || inode > GRANTED_INODE_MAX)
-		return 0;
-	do {
-		if (!is_for(word, inode) && (word & COUNT_MAX))
-			return 0;
-		wanted = is_for(word, inode) ? word & ~WITHDRAWN : inode << INODE_SHIFT;
-	} while (!swap(place, &word, wanted));
-	return 1;
-}
-
-static uint64_t granted_count(struct grants grants, uint64_t inode)
-{
-	uint64_t word = __atomic_load_n(word_of(grants, inode), __ATOMIC_SEQ_CST);
-
-	return is_for(word, inode) ? word & COUNT_MAX : 0;
-}
-
-/* Return how many have it open still: their releases come to Python. */
-static uint64_t withdraw_grant(struct grants grants, uint64_t inode)
-{
-	uint64_t *place = word_of(grants, inode), word = __atomic_load_n(place, __ATOMIC_SEQ_CST), wanted;
-
-	do {
-		if (!is_for(word, inode))
-			return 0;
-		wanted = (word & COUNT_MAX) ? word | WITHDRAWN : 0;
-	} while (!swap(place, &word, wanted));
-	return word & COUNT_MAX;
-}
-
-static void answer(struct fuse_session *session, uint64_t unique, const void *body, size_t length, int *failed)
-{
-	struct fuse_out_header out = {(uint32_t)(sizeof(out) + length), 0, unique};
-	struct iovec pieces[] = {{&out, sizeof(out)}, {(void *)body, length}};
-
-	/* It fails where nobody waits for the answer any more. */
-	*failed = writev(fuse_session_fd(session), pieces, length ? 2 : 1) < 0;
-	answered_count++;
-}
-
-static int answer_open(struct fuse_session *session, const struct fuse_in_header *in)
-{
-	struct fuse_open_in arg;
-	struct open_out out = {in->nodeid | GRANTED_BIT, FOPEN_KEEP_CACHE | OPEN_NOFLUSH, 0};
-	int failed;
-
-	memcpy(&arg, in + 1, sizeof(arg));
-	if ((arg.flags & (O_ACCMODE | O_TRUNC | O_DIRECT)) != O_RDONLY || opened_count == OPENED_MAX)
-		return 0;
-	if (!open_granted(answered_from, in->nodeid))
-		return 0;
-	answer(session, in->unique, &out, sizeof(out), &failed);
-	if (failed)
-		close_granted(answered_from, in->nodeid, 1);
-	opened[opened_count].inode = in->nodeid;
-	clock_gettime(CLOCK_REALTIME, &opened[opened_count++].at);
-	return 1;
-}
-
-/* One that is sent again may have been counted by a process that died since. A count that is one too
- * many keeps a file longer than needed, one that is too few would take it from its readers. */
-static int answer_release(struct fuse_session *session, const struct fuse_in_header *in)
-{
-	struct fuse_release_in arg;
-	int failed;
-
-	memcpy(&arg, in + 1, sizeof(arg));
-	if (!(arg.fh & GRANTED_BIT))
-		return 0;
-	if (!(in->unique & UNIQUE_RESEND) && !close_granted(answered_from, in->nodeid, 0))
-		return 0;
-	answer(session, in->unique, NULL, 0, &failed);
-	return 1;
-}
-
-static int answer_granted(struct fuse_session *session, const struct fuse_buf *buffer, size_t length)
-{
-	const struct fuse_in_header *in = buffer->mem;
-
-	if (!answered_from.words || (buffer->flags & FUSE_BUF_IS_FD) || length < sizeof(*in))
-		return 0;
-	if (in->opcode == FUSE_OPEN && length >= sizeof(*in) + sizeof(struct fuse_open_in))
-		return !(in->unique & UNIQUE_RESEND) && answer_open(session, in);
-	if (in->opcode == FUSE_RELEASE && length >= sizeof(*in) + sizeof(struct fuse_release_in))
-		return answer_release(session, in);
-	return 0;
-}
-
-static void note_request(struct fuse_buf *buffer, size_t length)
-{
-	struct fuse_in_header *in = buffer->mem;
 	struct fuse_read_in *arg = (struct fuse_read_in *)(in + 1);
 
-	if ((buffer->flags & FUSE_BUF_IS_FD) || length < sizeof(*in))
+	if (length < sizeof(*in))
 		return;
 	last_unique = in->unique & ~UNIQUE_RESEND;
 	last_pid = in->pid;
@@ -365,56 +197,67 @@ static void note_request(struct fuse_buf *buffer, size_t length)
 		arg->fh = in->nodeid;
 }
 
-static int asks_for_capabilities(const struct fuse_buf *buffer, size_t length)
+static int asks_for_capabilities(const struct fuse_in_header *in, size_t length)
 {
 	static const char name[] = "security.capability";
-	const struct fuse_in_header *in = buffer->mem;
 	size_t start = sizeof(*in) + sizeof(struct fuse_getxattr_in);
 
-	return !(buffer->flags & FUSE_BUF_IS_FD) && length >= start + sizeof(name) &&
-	       in->opcode == FUSE_GETXATTR && !memcmp((const char *)buffer->mem + start, name, sizeof(name));
+	return length >= start + sizeof(name) && in->opcode == FUSE_GETXATTR &&
+	       !memcmp((const char *)in + start, name, sizeof(name));
 }
 
-static void answer_no_data(struct fuse_session *session, const struct fuse_buf *buffer)
+static int answer_no_data(int device, const struct fuse_in_header *in)
 {
-	const struct fuse_in_header *in = buffer->mem;
 	struct fuse_out_header out = {sizeof(out), -ENODATA, in->unique};
 
 	/* It fails where nobody waits for the answer any more. */
-	if (write(fuse_session_fd(session), &out, sizeof(out)) < 0)
-		return;
+	if (write(device, &out, sizeof(out)) < 0)
+		return 1;
+	return 1;
+}
+
+int answer_here(int device, const void *request, size_t length)
+{
+	const struct fuse_in_header *in = request;
+
+	if (asks_for_capabilities(in, length))
+		return answer_no_data(device, in);
+	return answer_granted(device, request, length);
 }
 
 /* Return whether there is one, or comes soon: waking Python for it would take longer than to answer it. */
-static int another_request(struct fuse_session *session)
+static int another_request(int fd)
 {
-	struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};
+	struct pollfd device = {.fd = fd, .events = POLLIN};
 	struct timespec linger = {0, LINGER_NS};
 
 	return ppoll(&device, 1, &linger, NULL) > 0 && (device.revents & POLLIN);
 }
 
-static int answer_here(struct fuse_session *session, const struct fuse_buf *buffer, size_t length)
+static int is_answered(int fd, const struct fuse_buf *buffer, size_t length)
 {
-	if (asks_for_capabilities(buffer, length)) {
-		answer_no_data(session, buffer);
-		return 1;
+	return !(buffer->flags & FUSE_BUF_IS_FD) && answer_here(fd, buffer->mem, length);
+}
+
+static int receive(struct fuse_session *session, struct fuse_buf *buffer)
+{
+	int fd = fuse_session_fd(session), result = receive_of_libfuse(session, buffer);
+
+	for (int answers = 1; result > 0 && is_answered(fd, buffer, (size_t)result); answers++) {
+		if (answers == ANSWERS_MAX || !another_request(fd))
+			return -EINTR;
+		result = receive_of_libfuse(session, buffer);
 	}
-	return answer_granted(session, buffer, length);
+	return result == -EAGAIN ? -EINTR : result;
 }
 
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buffer)
 {
-	int result = receive_of_libfuse(session, buffer);
+	int result = is_receiving() ? receive_from_thread(session, buffer) : receive(session, buffer);
 
-	for (int answers = 1; result > 0 && answer_here(session, buffer, (size_t)result); answers++) {
-		if (answers == ANSWERS_MAX || !another_request(session))
-			return -EINTR;
-		result = receive_of_libfuse(session, buffer);
-	}
-	if (result > 0)
-		note_request(buffer, (size_t)result);
-	return result == -EAGAIN ? -EINTR : result;
+	if (result > 0 && !(buffer->flags & FUSE_BUF_IS_FD))
+		note_request(buffer->mem, (size_t)result);
+	return result;
 }
 
 int fuse_reply_open(fuse_req_t request, const struct fuse_file_info *info)
@@ -447,7 +290,7 @@ static ssize_t write_reply(int fd, struct iovec *pieces, int count, void *unused
 {
 	(void)unused;
 	change_reply(pieces, count);
-	return writev(fd, pieces, count);
+	return writev(device_of(fd), pieces, count);
 }
 
 static void find_hook(void *libfuse)
@@ -484,9 +327,12 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 {
 	int result = mount_of_libfuse(session, mountpoint);
 
-	if (!result && passthrough == NO_HOOK && !set_hook(session))
+	if (result || set_hook(session))
+		return result;
+	hooked = session;
+	if (passthrough == NO_HOOK)
 		passthrough = NO_KERNEL; /* Until INIT says better. */
-	return result;
+	return 0;
 }
 
 /* From libfuse 3.17 on the function is versioned and pyfuse3 may call another one: the kernel's
@@ -582,143 +428,31 @@ static PyObject *pass_through(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-/* Take (table, inode); return 0, or -1 with an exception set. The caller releases the view. */
-static int parse_grant(PyObject *args, Py_buffer *view, struct grants *grants, uint64_t *inode)
+static PyObject *can_receive_in_thread(PyObject *self, PyObject *unused)
 {
-	unsigned long long number;
-
-	if (!PyArg_ParseTuple(args, "w*K", view, &number))
-		return -1;
-	*inode = number;
-	grants->words = view->buf;
-	grants->count = (uint64_t)view->len / sizeof(uint64_t);
-	if (grants->count && !(grants->count & (grants->count - 1)) && !((uintptr_t)view->buf & 7))
-		return 0;
-	PyBuffer_Release(view);
-	PyErr_SetString(PyExc_ValueError, "a table of grants has a power of two of 64-bit words");
-	return -1;
+	(void)self, (void)unused;
+	return PyBool_FromLong(hooked && max_write);
 }
 
-static PyObject *give(PyObject *self, PyObject *args)
+static PyObject *receive_in_thread(PyObject *self, PyObject *unused)
 {
-	Py_buffer view;
-	struct grants grants;
-	uint64_t inode;
-	int is_given;
-
-	(void)self;
-	if (parse_grant(args, &view, &grants, &inode) < 0)
-		return NULL;
-	is_given = give_grant(grants, inode);
-	PyBuffer_Release(&view);
-	return PyBool_FromLong(is_given);
-}
-
-static PyObject *withdraw(PyObject *self, PyObject *args)
-{
-	Py_buffer view;
-	struct grants grants;
-	uint64_t inode, count;
-
-	(void)self;
-	if (parse_grant(args, &view, &grants, &inode) < 0)
-		return NULL;
-	count = withdraw_grant(grants, inode);
-	PyBuffer_Release(&view);
-	return PyLong_FromUnsignedLongLong(count);
-}
-
-static PyObject *count_open(PyObject *self, PyObject *args)
-{
-	Py_buffer view;
-	struct grants grants;
-	uint64_t inode, count;
-
-	(void)self;
-	if (parse_grant(args, &view, &grants, &inode) < 0)
-		return NULL;
-	count = granted_count(grants, inode);
-	PyBuffer_Release(&view);
-	return PyLong_FromUnsignedLongLong(count);
-}
-
-static PyObject *count_closed(PyObject *self, PyObject *args)
-{
-	Py_buffer view;
-	struct grants grants;
-	uint64_t inode;
-	int was_open;
-
-	(void)self;
-	if (parse_grant(args, &view, &grants, &inode) < 0)
-		return NULL;
-	was_open = close_granted(grants, inode, 1);
-	PyBuffer_Release(&view);
-	return PyBool_FromLong(was_open);
-}
-
-static PyObject *answer_from(PyObject *self, PyObject *args)
-{
-	Py_buffer view;
-	struct grants grants;
-	uint64_t unused;
-	PyObject *with_inode = PyTuple_Size(args) == 1 ? Py_BuildValue("(Oi)", PyTuple_GET_ITEM(args, 0), 0) : NULL;
-	int result;
-
-	(void)self;
-	if (!with_inode) {
-		PyErr_SetString(PyExc_TypeError, "answer_from(table)");
-		return NULL;
-	}
-	result = parse_grant(with_inode, &view, &grants, &unused);
-	Py_DECREF(with_inode);
-	if (result < 0)
-		return NULL;
-	if (answered_from.words)
-		PyBuffer_Release(&answered_view);
-	answered_view = view;
-	answered_from = grants;
-	Py_RETURN_NONE;
-}
-
-static PyObject *drained(PyObject *self, PyObject *unused)
-{
-	PyObject *list = PyList_New(opened_count), *pair, *result;
+	int device;
 
 	(void)self, (void)unused;
-	for (unsigned i = 0; list && i < opened_count; i++) {
-		double at_s = (double)opened[i].at.tv_sec + 1e-9 * (double)opened[i].at.tv_nsec;
-
-		pair = Py_BuildValue("(Kd)", (unsigned long long)opened[i].inode, at_s);
-		if (!pair)
-			Py_CLEAR(list);
-		else
-			PyList_SET_ITEM(list, i, pair);
-	}
-	if (!list)
+	if (!hooked || !max_write || is_receiving()) {
+		PyErr_SetString(PyExc_ValueError, "no session that a thread could receive for, or one does");
 		return NULL;
-	result = Py_BuildValue("(KN)", (unsigned long long)answered_count, list);
-	if (result)
-		opened_count = 0, answered_count = 0;
-	return result;
+	}
+	device = start_receiving(fuse_session_fd(hooked), max_write + HEADERS_BYTES);
+	return device < 0 ? NULL : PyLong_FromLong(device);
 }
 
 static PyMethodDef methods[] = {
-	{"give", give, METH_VARARGS,
-	 "give(table, inode) -> bool: opens of it for reading may be answered by the channel from now on.\n\n"
-	 "False where its place in the table is taken by another that is open."},
-	{"withdraw", withdraw, METH_VARARGS,
-	 "withdraw(table, inode): no more of them; return how many have it open, whose releases Python gets."},
-	{"count_open", count_open, METH_VARARGS,
-	 "count_open(table, inode): return how many opens that the channel answered are not released."},
-	{"count_closed", count_closed, METH_VARARGS,
-	 "count_closed(table, inode) -> bool: one of them was released; False where there was none."},
-	{"answer_from", answer_from, METH_VARARGS,
-	 "answer_from(table): have this process answer what has a grant in it. Kept for ever."},
-	{"drained", drained, METH_NOARGS,
-	 "Return how many requests were answered here since the last call, and the opens among them.\n\n"
-	 "These are pairs (inode, seconds since the epoch) in the order of the opens."},
-
+	{"can_receive_in_thread", can_receive_in_thread, METH_NOARGS,
+	 "Return whether the session's I/O comes by here: not before INIT, nor where libfuse lacks the hook."},
+	{"receive_in_thread", receive_in_thread, METH_NOARGS,
+	 "Have a thread receive requests from now on; return the device's descriptor. After the fork, once.\n\n"
+	 "The session's is readable then while a request waits for Python. The device is to block."},
 	{"want_passthrough", want_passthrough, METH_NOARGS,
 	 "Have the next session ask the kernel for FUSE_PASSTHROUGH. Call it before pyfuse3.init."},
 	{"passthrough_failure", passthrough_failure, METH_NOARGS,
@@ -775,7 +509,8 @@ PyMODINIT_FUNC PyInit__channel(void)
 	if (find_functions() < 0)
 		return NULL;
 	made = PyModule_Create(&module);
-	if (made && PyModule_AddIntConstant(made, "sets_background", SETS_BACKGROUND) < 0)
+	if (made && (PyModule_AddFunctions(made, grants_methods) < 0 ||
+		     PyModule_AddIntConstant(made, "sets_background", SETS_BACKGROUND) < 0))
 		Py_CLEAR(made);
 	return made;
 }

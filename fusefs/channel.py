@@ -37,6 +37,22 @@ def last_unique() -> int:
     return 0 if extension is None else extension.last_unique()
 
 
+def can_receive_in_thread() -> bool:
+    """Return whether `receive_in_thread` works. Call it once the session has shaken hands."""
+    extension = module()
+    return extension is not None and bool(extension.can_receive_in_thread())
+
+
+def receive_in_thread() -> int:
+    """Have a thread wait for requests, and answer those of `fusefs.grants`; return the device's descriptor.
+
+    Of several workers the kernel then wakes one for each request. Call it after the fork, once.
+    The session's own descriptor is readable from then on while a request waits for Python. The device
+    is to be in blocking mode. Raises ValueError where `can_receive_in_thread` says no, and OSError.
+    """
+    return int(module().receive_in_thread())
+
+
 def want_passthrough() -> None:
     """Have the session that is initialised next ask the kernel for FUSE_PASSTHROUGH, if possible."""
     extension = module()

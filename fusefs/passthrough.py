@@ -40,7 +40,7 @@ class Passthrough:
 
     def __init__(self, opens: OpenTable, fd: int) -> None:
         self.opens = opens
-        self._fd = fd
+        self.device = fd
         self._failures: set[str] = set()
 
     def opened(
@@ -117,7 +117,7 @@ class Passthrough:
     def _register(self, fd: int) -> int:
         """Return a backing id; 0 where the kernel refuses the file."""
         try:
-            return device.open_backing(self._fd, fd)
+            return device.open_backing(self.device, fd)
         except OSError as error:
             if (reason := reason_of(error)) not in self._failures:
                 self._failures.add(reason)
@@ -126,7 +126,7 @@ class Passthrough:
 
     def _close(self, backing_id: int) -> None:
         with suppress(OSError):  # ENOENT: it was closed by one who died before the table heard of it.
-            device.close_backing(self._fd, backing_id)
+            device.close_backing(self.device, backing_id)
 
 
 def reason_of(error: OSError) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn
 
 from fusefs import channel
@@ -69,6 +70,7 @@ class Mount:
     shared: Shared
     sample: tuple[int, int] = (0, 0)  # Objects of the lake and their bytes.
     device: int = -1
+    in_thread: bool = False  # How workers receive: see receiver.c.
     children: list[Child] = field(default_factory=list)
     unmounted: bool = False
 
@@ -191,7 +193,8 @@ def _become_worker(mount: Mount, operations: ControlOperations, row: int) -> NoR
     try:
         files = [TierFiles(plan.name, plan.path, is_memory=plan.is_memory) for plan in mount.plans]
         path = mover_process.worker_socket_path(mount.config)
-        trio.run(run_worker, operations, mount.config, files, str(path), mount.shared, row)
+        answer = partial(run_worker, in_thread=mount.in_thread)
+        trio.run(answer, operations, mount.config, files, str(path), mount.shared, row)
         status = 0
     except BaseException:
         log.exception("worker %d ends", row)
@@ -223,7 +226,9 @@ def _mount_and_shake_hands(mount: Mount) -> ControlOperations:
     failure = passthrough.failure(config, mount.device, paths)
     mount.shared.features.update(passthrough.choose(config, NO_CHANNEL, failure, mount.sample))
     operations.take_features(mount.shared, mount.device)
-    os.set_blocking(mount.device, NO_CHANNEL is not None)
+    # Who polls the device is woken for each request of all workers, who waits in read(2) for his own.
+    mount.in_thread = config.workers > 1 and channel.can_receive_in_thread()
+    os.set_blocking(mount.device, mount.in_thread or NO_CHANNEL is not None)
     return operations
 
 

@@ -15,6 +15,7 @@ from cache.index import Index
 from cache.policy.freshness import Freshness
 from cache.staging import StagingFiles
 from cache.tier import TierFiles
+from fusefs import channel
 from fusefs.control import ControlDirectory
 from fusefs.control_operations import ControlOperations
 from fusefs.durability import Durability
@@ -99,8 +100,17 @@ async def run_worker(
     socket_path: str,
     shared: Shared,
     row: int,
+    *,
+    in_thread: bool,
 ) -> None:
-    """Answer requests until the mount is gone. The session was initialised before the fork."""
+    """Answer requests until the mount is gone. The session was initialised before the fork.
+
+    *in_thread*: receive them in a thread; the device blocks then.
+    """
+    if in_thread:
+        device = channel.receive_in_thread()
+        if operations.passthrough is not None:
+            operations.passthrough.device = device
     index = Index(config.index_directory)
     try:
         async with trio.open_nursery() as nursery:

@@ -1,6 +1,6 @@
 """A small file system on a socket instead of /dev/fuse, for test_45_channel.py to talk to.
 
-    python tests/channel_peer.py FD [passthrough] [grants]
+    python tests/channel_peer.py FD [passthrough] [grants] [thread]
 
 Inode n opens with backing id n - 100 when that is positive. What `getattr` says of an inode tells
 what the extension has noted: the request's number is the size, the process the owner.
@@ -8,6 +8,8 @@ what the extension has noted: the request's number is the size, the process the 
 With grants, `unlink` of the name "give 5" does so for inode 5 and fails with EBUSY where that says
 no (also "withdraw 5", "closed 5");
 `readlink` of an inode shows how many have it open, what the extension answered, what was released here.
+
+With thread, a thread receives the requests after INIT.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import pyfuse3  # noqa: E402
 import trio.lowlevel  # noqa: E402
 
 from fusefs.grants import Grants  # noqa: E402
+from fusefs.worker import shake_hands  # noqa: E402
 
 
 class Peer(pyfuse3.Operations):
@@ -38,6 +41,10 @@ class Peer(pyfuse3.Operations):
     def __init__(self) -> None:
         super().__init__()
         self.released: list[int] = []
+        self.initialised = trio.Event()
+
+    def init(self) -> None:
+        self.initialised.set()
 
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         from fusefs import _channel
@@ -111,4 +118,8 @@ if "grants" in sys.argv:
     peer.grants = Grants(words=8)
     peer.grants.answer()
 pyfuse3.init(peer, f"/dev/fd/{sys.argv[1]}", set())
+if "thread" in sys.argv:
+    trio.run(shake_hands, peer.initialised)
+    assert channel.can_receive_in_thread()
+    channel.receive_in_thread()
 trio.run(pyfuse3.main)

@@ -85,10 +85,15 @@ class Kernel:
         self.stderr = stderr.decode()
 
 
-@pytest.fixture(params=["as built", "sanitized"])
+# As built or sanitized, and whether a thread receives.
+WAYS = [("as built", ""), ("as built", "thread"), ("sanitized", ""), ("sanitized", "thread")]
+
+
+@pytest.fixture(params=WAYS, ids=" ".join)
 def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
-    environment = request.getfixturevalue("sanitized") if request.param == "sanitized" else None
-    made = Kernel("passthrough", environment=environment)
+    build, thread = request.param
+    environment = request.getfixturevalue("sanitized") if build == "sanitized" else None
+    made = Kernel("passthrough", *filter(None, [thread]), environment=environment)
     yield made
     made.end()
     for word in ("Sanitizer", "runtime error"):
@@ -115,7 +120,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     subprocess.run(
         [compiler, "-g", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-fsanitize=address,undefined",
          "-fno-sanitize-recover=undefined", f"-I{sysconfig.get_path('include')}",
-         str(package / "channel.c"), "-o", str(target), *shlex.split(fuse.stdout)],
+         "-pthread", *map(str, package.glob("*.c")), "-o", str(target), *shlex.split(fuse.stdout)],
         check=True,
     )  # fmt: skip
     return {

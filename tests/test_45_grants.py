@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from fusefs import channel
-from tests.test_45_channel import KEEP_CACHE, OPEN, RESEND, STATFS, Kernel, sanitized
+from tests.test_45_channel import KEEP_CACHE, OPEN, RESEND, STATFS, WAYS, Kernel, sanitized
 
 READLINK, UNLINK, RELEASE = 5, 10, 18
 GRANTED, NOFLUSH = 1 << 63, 1 << 5
@@ -61,10 +61,11 @@ class Granting(Kernel):
         return self.ask(RELEASE, unique or self.next(), inode, body)[0]
 
 
-@pytest.fixture(params=["as built", "sanitized"])
+@pytest.fixture(params=WAYS, ids=" ".join)
 def kernel(request: pytest.FixtureRequest) -> Iterator[Granting]:
-    environment = request.getfixturevalue("sanitized") if request.param == "sanitized" else None
-    made = Granting("passthrough", "grants", environment=environment)
+    build, thread = request.param
+    environment = request.getfixturevalue("sanitized") if build == "sanitized" else None
+    made = Granting("passthrough", "grants", *filter(None, [thread]), environment=environment)
     made.shake_hands()
     yield made
     made.end()

@@ -70,7 +70,7 @@ install_packages() {
 fingerprint() {
     local file
     "$1" -c 'import sys; print(sys.version, sys.prefix, sys.base_prefix)'
-    for file in setup.cfg setup.py pyproject.toml sluicefs.py fusefs/channel.c; do
+    for file in setup.cfg setup.py pyproject.toml sluicefs.py fusefs/*.[ch]; do
         if [ -e "$file" ]; then sha256sum "$file"; fi
     done
 }

@@ -1,0 +1,41 @@
+/* What the parts of the extension `_channel` have of each other. */
+#ifndef SLUICE_CHANNEL_H
+#define SLUICE_CHANNEL_H
+
+#define PY_SSIZE_T_CLEAN
+#define FUSE_USE_VERSION 31
+#include <Python.h>
+#include <fuse3/fuse_lowlevel.h>
+#include <linux/fuse.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define UNIQUE_RESEND (UINT64_C(1) << 63) /* FUSE_UNIQUE_RESEND of newer headers. */
+
+/* The kernel's fuse_open_out. Older headers lack the last. */
+struct open_out {
+	uint64_t fh;
+	uint32_t open_flags;
+	int32_t backing_id;
+};
+
+/* channel.c: answer a request that Python need not see; return whether it was one. */
+int answer_here(int device, const void *request, size_t length);
+
+/* grants.c: answer an open or a release of an inode that has a grant; return whether it was one. */
+int answer_granted(int device, const void *request, size_t length);
+
+/* receiver.c: as libfuse's, where a thread receives. */
+int receive_from_thread(struct fuse_session *session, struct fuse_buf *buffer);
+
+/* The device of a session whose descriptor is *fd*: that is another file where a thread receives. */
+int device_of(int fd);
+
+/* Return the descriptor of the device from now on, or -1 with an exception set. */
+int start_receiving(int fd, size_t request_bytes);
+
+int is_receiving(void);
+
+extern PyMethodDef grants_methods[];
+
+#endif
