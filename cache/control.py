@@ -66,6 +66,10 @@ class NotMounted(SluiceError):
     """No SluiceFS mount answers for this directory."""
 
 
+class Unanswered(SluiceError):
+    """Who listened ended before it answered: another may listen soon, or nobody any more."""
+
+
 def runtime_directory() -> Path:
     """Return the directory of the control sockets of this user's mounts (mode 0700)."""
     if os.geteuid() == 0:
@@ -90,7 +94,7 @@ def call(
 ) -> Any:
     """Return the result of *verb* from the mount at *mountpoint*, blocking.
 
-    Raises NotMounted when nobody listens, and SluiceError with the server's own line.
+    Raises NotMounted when nobody listens, Unanswered, and SluiceError with the server's own line.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout_s)
@@ -110,5 +114,6 @@ def call(
                     else:
                         return reply["result"]
         except OSError as error:
-            raise SluiceError(f"{mountpoint}: the mount stopped answering ({error})") from error
-    raise SluiceError(f"{mountpoint}: the mount closed the connection without an answer")
+            kind = Unanswered if isinstance(error, ConnectionError) else SluiceError
+            raise kind(f"{mountpoint}: the mount stopped answering ({error})") from error
+    raise Unanswered(f"{mountpoint}: the mount closed the connection without an answer")

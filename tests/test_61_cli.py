@@ -524,6 +524,19 @@ def test_umount_refuses_while_the_lake_lacks_something_and_lazy_leaves_it(fake: 
     assert [request["verb"] for request in fake.requests] == ["status", "sync", "status", "drain"]
 
 
+def test_umount_of_a_mount_that_is_dying_unmounts_it(
+    fake: FakeMount, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who listens ends without an answer, and nobody follows: there is nothing to wait for."""
+    monkeypatch.setattr(umount, "MOVER_RESTART_S", 0.2)
+    fake.answers["status"] = []
+    unmounted: list[Path] = []
+    assert umount.main([str(fake.mountpoint)], unmounted.append) == 0
+    assert unmounted == [fake.mountpoint]
+    assert len(fake.requests) > 1, "another mover might have come"
+    assert capsys.readouterr().out == f"unmounted {fake.mountpoint}\n"
+
+
 RECEIPT = {"path": "a", "key": "a", "etag": '"e"', "size": 3, "checksum": "xxh3:1", "time": 1.5}
 
 

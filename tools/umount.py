@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import control
-from cache.control import NotMounted
+from cache.control import NotMounted, Unanswered
 from cache.errors import SluiceError, UsageError
 from tools.option_kinds import format_size
 from tools.options import Parser
@@ -95,7 +95,7 @@ def _status(mountpoint: Path) -> dict[str, Any] | None:
         try:
             status: dict[str, Any] = control.call(mountpoint, "status")
             return status
-        except NotMounted:
+        except (NotMounted, Unanswered):
             if time.monotonic() >= deadline_s or _is_dead(mountpoint):
                 return None
             time.sleep(0.1)
