@@ -74,7 +74,9 @@ class MountConfig:
     policy: str = "auto"  # Or "epoch", "lru".
     read_ahead: str = "set"  # Or "file" (only within large files), "none".
     profile: str = "auto"  # Or "dataset" (open(2) sends no request), "checkpoint" (it does).
-    passthrough: str = "auto"  # On read-only mounts. Or "all"; or "off": Python answers every read.
+    passthrough: str = (
+        "auto"  # Cached files. Or "all": staging files too; or "off": Python answers every read.
+    )
     allow_other: bool = False
     uid: int = 0  # Owner shown for every file.
     gid: int = 0

@@ -1,6 +1,8 @@
 """Gives a file of the lake a staging file, once it is written to.
 
-What is cached of its content is copied, the rest fetched; what is to be cut off is neither.
+What is cached of its content is copied, the rest fetched; what is to be cut off is neither. A cached file
+that readers have open in passthrough becomes the staging file itself: the kernel writes to the file that
+they read.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from cache.fetcher import Fetcher
 from cache.index import Index, IndexWriter
 from cache.lake.base import Body
 from cache.model import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, KIND_FILE, ObjectVersion, ceil_div
+from cache.opens import Mode, OpenTable
 from cache.pending import Orphan, PendingTable, Put
 from cache.records import Group, range_mask
 from cache.renaming import RowChanges, replace
@@ -55,8 +58,10 @@ class CopyUp:
         residency: Residency,
         fetcher: Fetcher,
         disk_engine: Engine,
+        opens: OpenTable | None,
         owner: tuple[int, int],
     ) -> None:
+        self._opens = opens
         self._nursery = nursery
         self._index = index
         self._committer = committer
@@ -114,20 +119,25 @@ class CopyUp:
         length = node.size_bytes if keep_bytes < 0 else min(keep_bytes, node.size_bytes)
         number = await self._committer.commit(lambda w: make_staging_file(w, self._staging))
         try:
+            if self._opens is not None and self._opens.state(inode).mode is Mode.PASSTHROUGH:
+                path, file = self._staging.path(number), self._opens.file_of(version.id)
+                put = partial(self._put, inode, number, node.size_bytes, node.mtime_ns)
+                await self._residency.hand_over(version.id, path, file, node.mtime_ns, put)
+                return
             await self._copy(version, length, number)
-            await self._committer.commit(lambda w: self._put(w, inode, number, length))
+            await self._committer.commit(partial(self._put, inode, number, length, time.time_ns()))
         except BaseException as error:
             if isinstance(error, SluiceError):
                 await self._disk_engine.run(lambda: self._staging.remove(number))
             raise
 
-    def _put(self, w: IndexWriter, inode: int, number: int, length: int) -> None:
+    def _put(self, inode: int, number: int, length: int, mtime_ns: int, w: IndexWriter) -> None:
         """Have the staging file be the content from now on, for the lake too."""
         node = w.node(inode)
         if node is None:
             raise ObjectMissing(f"inode {inode} was removed while it was copied")
         assert not node.staged, inode
-        attributes, mtime_ns = attributes_of(node, self._owner), time.time_ns()
+        attributes = attributes_of(node, self._owner)
         if w.is_detached(inode):
             self._table.add(w, Orphan(inode, number))
         else:

@@ -28,6 +28,7 @@ import fcntl
 import mmap
 import os
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -44,10 +45,13 @@ _PLACE, _VALUE, _KEY, _REQUEST, _EXCESS, _KEYS = 0, 1, 2, 3, 4, 8
 _VALUES = _KEYS + _SLOTS
 _WORDS = _VALUES + _SLOTS
 # In front of the buckets: the numbers of requests, which objects were last given to the kernel (eight
-# bytes of the version id, and the inode), and who is registering a backing file just now.
-OBJECTS = 1 << 14
+# bytes of the version id, the inode, the file's number on its disk), and who is registering a backing file
+# just now.
+OBJECTS = 1 << 16
+_OBJECT_WORDS = 3
 _FIRST_OBJECT = REQUESTS
-_REGISTERING, _LARGEST_ID = _FIRST_OBJECT + 2 * OBJECTS, _FIRST_OBJECT + 2 * OBJECTS + 1
+_REGISTERING = _FIRST_OBJECT + _OBJECT_WORDS * OBJECTS
+_LARGEST_ID = _REGISTERING + 1
 _FIRST_BUCKET = _REGISTERING + 8
 # An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above, and in the
 # highest bit whether an open was answered without one.
@@ -159,17 +163,29 @@ class OpenTable:
         Of two versions that share a cell the first is forgotten, and takes disk space uncounted if
         it is evicted while it is open.
         """
-        word = int.from_bytes(vid[:8], "little")
-        place = _FIRST_OBJECT + 2 * (word % OBJECTS)
-        self._cells[place], self._cells[place + 1] = word, inode
+        place, word = _object_place(vid)
+        self._cells[place : place + _OBJECT_WORDS] = _words(word, inode, 0)
+
+    def note_file(self, vid: bytes, file: int) -> None:
+        """The file of the object that was noted last is number *file* of its disk (stat(2): st_ino)."""
+        self._cells[_object_place(vid)[0] + 2] = file
+
+    def file_of(self, vid: bytes) -> int:
+        """Return which file of the object the kernel was given last; 0: not known."""
+        place, word = _object_place(vid)
+        return self._cells[place + 2] if self._cells[place] == word else 0
 
     def is_passed_through(self, vid: bytes) -> bool:
-        """Return whether the kernel has a file of this object version open in passthrough."""
-        word = int.from_bytes(vid[:8], "little")
-        place = _FIRST_OBJECT + 2 * (word % OBJECTS)
+        """Return whether the kernel has a file of this object version open in passthrough, or is given it.
+
+        Who opens a file in a tier while it is registered looks at the index first, and who takes it out of
+        the index asks here afterwards: so one of the two sees the other.
+        """
+        place, word = _object_place(vid)
         if self._cells[place] != word:
             return False
-        return self.state(self._cells[place + 1]).mode is Mode.PASSTHROUGH
+        inode = self._cells[place + 1]
+        return self._cells[_REGISTERING] == inode or self.state(inode).mode is Mode.PASSTHROUGH
 
     # Mappings
 
@@ -385,6 +401,15 @@ class Held:
         assert not state.is_open, state
         if state.backing_id:
             self._table._put(self._base, self._inode, 0, 0)
+
+
+def _object_place(vid: bytes) -> tuple[int, int]:
+    word = int.from_bytes(vid[:8], "little")
+    return _FIRST_OBJECT + _OBJECT_WORDS * (word % OBJECTS), word
+
+
+def _words(*numbers: int) -> memoryview:
+    return memoryview(array("Q", numbers))
 
 
 def _counted(value: int, writing: bool, step: int) -> int:

@@ -50,6 +50,7 @@ _DRAM_KEPT_SHARE = 8  # `keep_dram_room` keeps so much of the DRAM tier free.
 # makes room for a miss then pushes out nothing that an epoch still needs.
 _KEPT_STEPS = 2
 _DEMOTERS = 4
+_BUSY_S = 0.005
 _DRAIN_STEP = 256  # Items between two reports of progress.
 
 
@@ -469,6 +470,31 @@ class Residency:
                 self.tiers[place].added(ItemId(vid), charged, used=False)
             return adopted
 
+    async def hand_over(
+        self, vid: VersionId, path: str, file: int, mtime_ns: int, change: Callable[[IndexWriter], None]
+    ) -> None:
+        """Give a whole object, which the kernel has open, up to whoever will write to it, as *path*.
+
+        *file*, *mtime_ns*: see `TierFiles.hand_over`. *change* is in the same commit. Raises CacheError, also
+        where there is no such file any more.
+        """
+        while await self._settled(vid) and vid in self._busy:  # noqa: ASYNC110 - seldom, and for a moment.
+            await trio.sleep(_BUSY_S)
+        row = self._index.version(vid)
+        if row is None or not row.whole:
+            raise CacheError(f"{path}: readers have a file open that is not in the cache any more")
+        tier, item = self.tiers[row.tier], ItemId(vid)
+
+        def commit(w: IndexWriter) -> None:
+            change(w)
+            drop_items(w, [item], set())
+
+        with self._moved([vid]):
+            await self._disk_engine.run(lambda: tier.files.hand_over(vid, path, file, mtime_ns))
+            await self._committer.commit(commit)
+            await self._disk_engine.run(lambda: _remove(tier.files, vid))
+            self._gone(tier, [item])
+
     async def _take_back(self, place: int, vid: VersionId, charged: int, *, landed: bool) -> None:
         with trio.CancelScope(shield=True):
             if landed:
@@ -614,7 +640,8 @@ class Residency:
 
     async def _drop_unverified(self, place: int) -> bool:
         """Give up a file found without a row and not yet verified; return whether there was one."""
-        vid = next((vid for vid, (where, _) in self._unverified.items() if where == place), None)
+        found = (vid for vid, (where, _) in self._unverified.items() if where == place)
+        vid = next((vid for vid in found if not self._is_passed_through(vid)), None)
         if vid is None:
             return False
         _, charged = self._unverified.pop(vid)
@@ -703,8 +730,22 @@ class Residency:
             self._sparse[vid].blocks_present = blocks_present
             if not blocks_present:
                 del self._sparse[vid]
+        late = [] if tier.files.is_memory else [item for item in items if self._was_opened(item)]
+        items = [item for item in items if item not in late]
         await self._disk_engine.run(lambda: _remove_files(tier.files, items, last_groups))
+        self._keep(tier, late)
         return self._gone(tier, items)
+
+    def _was_opened(self, item: ItemId) -> bool:
+        """Return whether the kernel got a whole object's file while its row was removed."""
+        return len(item) == 16 and self._is_passed_through(item)
+
+    def _keep(self, tier: Tier, items: list[ItemId]) -> None:
+        """Keep files that the kernel opened while their rows were removed: they are as if found without."""
+        for item in items:
+            self._unverified[item] = (self.tiers.index(tier), tier.policy.size_of(item) or 0)
+            tier.policy.removed(item)
+            self.ledger.left(item)
 
     def _gone(self, tier: Tier, items: list[ItemId]) -> int:
         """Give the space of *items* back, which have left the disk; return their bytes."""

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -137,6 +138,19 @@ class TierFiles:
             os.setxattr(path, _XATTR, _label(version, checksums))
             _unlink(self.object_path(vid))  # A crash may have left one.
             os.link(path, self.object_path(vid))
+
+    def hand_over(self, vid: bytes, path: str, file: int, mtime_ns: int) -> None:
+        """Give a whole object a second name, *path*, where an empty file is, and a time. Raises CacheError.
+
+        *file*: its number (stat(2): st_ino), 0 if that is not known; another one's is not given.
+        """
+        with _as_cache_errors(self.path):
+            source = self.object_path(vid)
+            if file and os.stat(source).st_ino != file:
+                raise CacheError(f"{source}: was made anew since it was opened")
+            os.unlink(path)
+            os.link(source, path)
+            os.utime(path, ns=(time.time_ns(), mtime_ns))
 
     def is_beside(self, path: str) -> bool:
         """Return whether *path* is on this tier's file system."""

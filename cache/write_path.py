@@ -128,7 +128,16 @@ def make_write_path(
     owner: tuple[int, int],
 ) -> WritePath:
     copy_up = CopyUp(
-        nursery, index, committer, ledger.table, ledger.staging, residency, fetcher, disk_engine, owner
+        nursery,
+        index,
+        committer,
+        ledger.table,
+        ledger.staging,
+        residency,
+        fetcher,
+        disk_engine,
+        shared.opens,
+        owner,
     )
     changes = Changes(
         index,

@@ -112,15 +112,21 @@ class Filesystem:
         if self._passthrough is None or (node := self._node(inode)).size_bytes < PASSTHROUGH_BYTES_MIN:
             return handle, 0
         backing_id = self._passthrough.opened(
-            inode, lambda: self._whole_file(node), vid=node.vid, request=request
+            inode, lambda: self.whole_file(node), vid=node.vid, request=request
         )
         if backing_id:
-            self._counters.add("opens_passed_through")
-            if node.size_bytes > SMALL_OBJECT_BYTES_MAX:  # Its reads are not seen; the others were noted.
-                self._used_files.append(inode)
-                self._used_at_s.append(time.time())
-            self._note_used(node.vid)
+            self.note_passed_through(inode, node)
         return handle | COUNTED_BIT, backing_id
+
+    def note_passed_through(self, inode: int, node: Node) -> None:
+        """Note an open in passthrough; of a cached file it is the use, for its reads are not seen."""
+        self._counters.add("opens_passed_through")
+        if node.staged:
+            return
+        if node.size_bytes > SMALL_OBJECT_BYTES_MAX:  # Opens of the others are noted anyway.
+            self._used_files.append(inode)
+            self._used_at_s.append(time.time())
+        self._note_used(node.vid)
 
     def grant(self, handle: int) -> None:
         """Have further opens of a file that was opened in cached mode answered by the channel.
@@ -160,7 +166,7 @@ class Filesystem:
         elif self._passthrough is not None and handle & COUNTED_BIT:
             self._passthrough.closed(inode_of(handle), request=request)
 
-    def _whole_file(self, node: Node) -> int | None:
+    def whole_file(self, node: Node) -> int | None:
         """Return a descriptor of the cached file that holds all of the object, or None."""
         row = self._index.version(node.vid)
         if row is None or not row.whole:

@@ -35,6 +35,13 @@ PASSTHROUGH_BYTES_MIN = 2 * MIB
 SHARD_BYTES_MIN = 8 * MIB
 
 
+_WRITABLE = {
+    "auto": " where they lie in the first cache directory; what is written goes through Python, which"
+    " --dirty-max needs (--passthrough all)",
+    "all": " where they lie in the first cache directory; it writes what the lake has not yet got, too",
+}
+
+
 class Passthrough:
     """*fd*: the session's device. The same in every worker: what it knows is in *opens*."""
 
@@ -67,31 +74,41 @@ class Passthrough:
             self._take_back(held)
             return held.opened(writing=writing, request=request)
 
-    def answered(self, inode: int, backing_fd: Callable[[], int | None], *, vid: bytes = b"") -> int:
+    def answered(self, inode: int, backing_fd: Callable[[], int | None] | None, *, vid: bytes = b"") -> int:
         """Return the backing id to answer an open with that was counted before; 0 for cached mode.
 
         *backing_fd* is called if no other open of the inode was answered. It returns a descriptor
         of the file that holds all of the inode's bytes, which is closed here, or None where there
-        is no such file. *vid*: the object version in it, which then does not leave its tier while
-        it is open. No await from here to the answer.
+        is no such file; itself None: this open is no reason to register one. *vid*: the object version in
+        it, which then does not leave its tier while it is open. No await from here to the answer.
         """
         with self.opens.held(inode) as held:
             return self._answered(held, inode, backing_fd, vid)
 
-    def _answered(self, held: Held, inode: int, backing_fd: Callable[[], int | None], vid: bytes) -> int:
+    def _answered(
+        self, held: Held, inode: int, backing_fd: Callable[[], int | None] | None, vid: bytes
+    ) -> int:
         state = held.state
         if state.backing_id and state.is_open:
             return state.backing_id
         granted = self.opens.withdraw_grant(inode)  # Those who have it open by it are in cached mode.
-        fd = backing_fd() if held.may_get_backing and not granted else None
-        if fd is None:
+        if backing_fd is None or granted or not held.may_get_backing:
             if state.is_open:  # Else it was answered by another worker, and closed since.
                 held.answered_cached()
             return 0
+        if vid:
+            self.opens.note_object(vid, inode)
+        return held.answered_with(lambda: self._registered(backing_fd, vid), self._close)
+
+    def _registered(self, backing_fd: Callable[[], int | None], vid: bytes) -> int:
+        """Return a backing id; 0 where there is no file, or the kernel refuses it."""
+        fd = backing_fd()
+        if fd is None:
+            return 0
         try:
             if vid:
-                self.opens.note_object(vid, inode)
-            return held.answered_with(lambda: self._register(fd), self._close)
+                self.opens.note_file(vid, os.fstat(fd).st_ino)
+            return self._register(fd)
         finally:
             os.close(fd)
 
@@ -161,8 +178,6 @@ def _excluded(config: MountConfig) -> str | None:
         return "--passthrough off"
     if config.profile == "dataset" and config.read_only:
         return "--profile dataset: opens send no request, so the kernel is told of no file"
-    if config.passthrough == "auto" and not config.read_only:
-        return "the mount is writable; --passthrough all has staging files written by the kernel itself"
     return None
 
 
@@ -200,9 +215,7 @@ def choose(
         "opens send no request, so the kernel is told of no file; --profile checkpoint has it instead"
         if no_open["on"]
         else f"cached files of {PASSTHROUGH_BYTES_MIN // MIB} MiB or more are read by the kernel itself"
-        if config.read_only
-        else "what the lake has not yet got is written and read by the kernel itself; what it has, while the"
-        " mount is writable, through Python"
+        + ("" if config.read_only else _WRITABLE[config.passthrough])
     )
     passes = failure is None and not no_open["on"]
     return {"no_open": no_open, "passthrough": {"on": passes, "reason": reason}}

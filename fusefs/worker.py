@@ -88,7 +88,15 @@ def equip(
     gate = WriteGate(shared.counters, counters, shared.budget, mover)
     durability = Durability(config.durability, config.durability_default)
     operations.writing = writing = Writing(
-        index, mover, filesystem, staging, shared.opens, gate, durability, operations.passthrough
+        index,
+        mover,
+        filesystem,
+        staging,
+        shared.opens,
+        gate,
+        durability,
+        operations.passthrough,
+        passes_staged=config.passthrough == "all",
     )
     return [filesystem.flush_used_regularly, writing.release_descriptors_regularly]
 

@@ -18,6 +18,7 @@ import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -47,7 +48,7 @@ from cache.messages import (
     Sync,
 )
 from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, Inode
-from cache.opens import OpenTable
+from cache.opens import Mode, OpenTable
 from cache.records import Node
 from cache.staging import StagingFiles
 from fusefs.durability import Durability
@@ -97,13 +98,18 @@ class Writing:
         gate: WriteGate,
         durability: Durability,
         passthrough: Passthrough | None = None,
+        *,
+        passes_staged: bool = False,
     ) -> None:
+        """*passes_staged*: files that the lake has not got are passed through, besides cached ones."""
         self._index = index
         self._mover = mover
         self._filesystem = filesystem
         self._staging = staging
         self._opens = opens
         self._passthrough = passthrough
+        self._passes_staged = passes_staged
+        self._staging_device = os.stat(staging.directory).st_dev
         self._gate = gate
         self.durability = durability
 
@@ -179,8 +185,10 @@ class Writing:
             if cuts:
                 await self._cut(inode, 0)
                 return inode | WRITING_BIT
-            if writing and self._node(inode).staged:
-                await self._stage(inode, -1)  # It may be sealed: the mover is to know that it is open again.
+            if writing and (self._node(inode).staged or self._is_passed_through(inode)):
+                # It may be sealed: the mover is to know that it is open again. And to a cached file that its
+                # readers have open the kernel is about to write: it is to be a staging file by then.
+                await self._stage(inode, -1)
             handle = await self._filesystem.open_file(inode)
         except BaseException:
             self._count_closed(inode, writing=writing, id=id | _CLOSING)
@@ -200,28 +208,59 @@ class Writing:
         if self._passthrough is None:
             return 0
         inode = inode_of(handle)
-        backing_id = self._passthrough.answered(inode, lambda: self._backing_file(inode, flags))
-        if backing_id and flags & os.O_ACCMODE == os.O_RDWR:
+        node = self._node(inode)
+        backing_file = partial(self._backing_file, inode, flags) if self._may_pass(node, flags) else None
+        backing_id = self._passthrough.answered(inode, backing_file, vid=b"" if node.staged else node.vid)
+        if not backing_id:
+            return 0
+        if flags & os.O_ACCMODE == os.O_RDWR:
             self._passthrough.opens.note_mapped(inode)
+        self._filesystem.note_passed_through(inode, node)
         return backing_id
 
-    def _backing_file(self, inode: Inode, flags: int) -> int | None:
-        """Return a descriptor of the staging file, None where this open is to be in cached mode.
+    def _may_pass(self, node: Node, flags: int) -> bool:
+        """Return whether the first open of a file is to have a backing file.
 
         What is opened first for reading and writing may be mapped for both, and the mapping would
-        outlive the release: such files take the way of old. Cached objects are nobody's to write to.
+        outlive the release: such files take the way of old.
         """
-        node, access = self._index.node(inode), flags & os.O_ACCMODE
-        if node is None or not node.staged or access == os.O_RDWR:
+        access = flags & os.O_ACCMODE
+        if node.staged:
+            return self._passes_staged and access != os.O_RDWR
+        return access == os.O_RDONLY and node.size_bytes >= PASSTHROUGH_BYTES_MIN
+
+    def _backing_file(self, inode: Inode, flags: int) -> int | None:
+        """Return a descriptor of the staging file, or of the whole cached file that could become one.
+
+        None: this open is to be in cached mode.
+        """
+        node = self._index.node(inode)
+        if node is None or not self._may_pass(node, flags):
             return None
+        if not node.staged:
+            return self._clean_file(inode, node)
         try:
             fd = os.open(self._staging.path(node.staged), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return None  # Cached mode sees to that.
-        if access == os.O_RDONLY and os.fstat(fd).st_size < PASSTHROUGH_BYTES_MIN:
+        if flags & os.O_ACCMODE == os.O_RDONLY and os.fstat(fd).st_size < PASSTHROUGH_BYTES_MIN:
             os.close(fd)
             return None
         return fd
+
+    def _clean_file(self, inode: Inode, node: Node) -> int | None:
+        """Who is about to write has it copied to a staging file, if nobody has it open in passthrough."""
+        assert self._passthrough is not None
+        if self._passthrough.opens.state(inode).may_be_written:
+            return None
+        fd = self._filesystem.whole_file(node)
+        if fd is not None and os.fstat(fd).st_dev != self._staging_device:
+            os.close(fd)
+            return None
+        return fd
+
+    def _is_passed_through(self, inode: Inode) -> bool:
+        return self._passthrough is not None and self._passthrough.opens.state(inode).mode is Mode.PASSTHROUGH
 
     def grant(self, handle: int) -> None:
         """Have further opens for reading answered by the channel, if nobody writes to the file.

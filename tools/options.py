@@ -117,7 +117,7 @@ OPTIONS = (
     Option(
         "passthrough",
         kinds.choice("auto", "all", "off"),
-        "auto: the kernel reads cached files itself on read-only mounts; all: staging files, too; off: never",
+        "auto: the kernel reads cached files itself; all: it reads and writes staging files, too; off: never",
         "auto",
         "auto|all|off",
     ),
