@@ -101,14 +101,17 @@ class Writing:
         *,
         passes_staged: bool = False,
     ) -> None:
-        """*passes_staged*: files that the lake has not got are passed through, besides cached ones."""
+        """*passes_staged*: files that the lake has not got are passed through, besides cached ones.
+
+        Without *passthrough* that means nothing.
+        """
         self._index = index
         self._mover = mover
         self._filesystem = filesystem
         self._staging = staging
         self._opens = opens
         self._passthrough = passthrough
-        self._passes_staged = passes_staged
+        self._passes_staged = passes_staged and passthrough is not None
         self._staging_device = os.stat(staging.directory).st_dev
         self._gate = gate
         self.durability = durability
@@ -131,7 +134,8 @@ class Writing:
         """Make a file; return a handle for it, and its inode. Raises NameExists with O_EXCL."""
         _check_name(name)
         gid = self._gid_below(parent, owner)
-        await self._enter_early()
+        if self._passes_staged:
+            await self._gate.enter()
         try:
             inode = await self.change(Create(parent, name, stat.S_IMODE(mode), owner.uid, gid), id)
         except NameExists as error:
@@ -178,8 +182,8 @@ class Writing:
         """Return a handle; with O_TRUNC the file is empty then. Raises SluiceError."""
         cuts = bool(flags & os.O_TRUNC)
         writing = cuts or flags & os.O_ACCMODE != os.O_RDONLY
-        if writing:
-            await self._enter_early()
+        if writing and (self._passes_staged or self._is_passed_through(inode)):
+            await self._gate.enter()  # The kernel might send no write afterwards.
         self._count_open(inode, writing=writing, id=id)
         try:
             if cuts:
@@ -194,11 +198,6 @@ class Writing:
             self._count_closed(inode, writing=writing, id=id | _CLOSING)
             raise
         return handle | (WRITING_BIT if writing else 0)
-
-    async def _enter_early(self) -> None:
-        """Wait for room at the open already where the kernel might send no write afterwards."""
-        if self._passthrough is not None:
-            await self._gate.enter()
 
     def begin(self, handle: int, flags: int) -> int:
         """Return the backing id to answer an open with that was counted; 0 for cached mode.
