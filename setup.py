@@ -14,6 +14,7 @@ import sys
 from setuptools import Extension, setup
 
 SOURCE = "fusefs/channel.c"
+SOURCES = [SOURCE, "fusefs/direct.c"]
 
 
 def pkg_config(*arguments: str) -> list[str]:
@@ -40,7 +41,8 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "fusefs._channel",
-            [SOURCE],
+            SOURCES,
+            depends=["fusefs/direct.h"],
             extra_compile_args=compile_flags,
             extra_link_args=link_flags,
             optional=True,

@@ -54,11 +54,12 @@
 #include <fcntl.h>
 #include <fuse3/fuse_lowlevel.h>
 #include <linux/fuse.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "direct.h"
 
 #define MAX_BACKGROUND 256
 #define CONGESTION_THRESHOLD 192
@@ -385,30 +386,22 @@ static void answer_no_data(struct fuse_session *session, const struct fuse_buf *
 		return;
 }
 
-/* Return whether there is one, or comes soon: waking Python for it would take longer than to answer it. */
-static int another_request(struct fuse_session *session)
-{
-	struct pollfd device = {.fd = fuse_session_fd(session), .events = POLLIN};
-	struct timespec linger = {0, LINGER_NS};
-
-	return ppoll(&device, 1, &linger, NULL) > 0 && (device.revents & POLLIN);
-}
-
 static int answer_here(struct fuse_session *session, const struct fuse_buf *buffer, size_t length)
 {
 	if (asks_for_capabilities(buffer, length)) {
 		answer_no_data(session, buffer);
 		return 1;
 	}
-	return answer_granted(session, buffer, length);
+	return answer_granted(session, buffer, length) || direct_answer(session, buffer, length);
 }
 
+/* Waking Python for the next request would take longer than to answer it: it is waited for a moment. */
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buffer)
 {
 	int result = receive_of_libfuse(session, buffer);
 
 	for (int answers = 1; result > 0 && answer_here(session, buffer, (size_t)result); answers++) {
-		if (answers == ANSWERS_MAX || !another_request(session))
+		if (answers == ANSWERS_MAX || !direct_wait(session, LINGER_NS))
 			return -EINTR;
 		result = receive_of_libfuse(session, buffer);
 	}
@@ -775,7 +768,7 @@ PyMODINIT_FUNC PyInit__channel(void)
 	if (find_functions() < 0)
 		return NULL;
 	made = PyModule_Create(&module);
-	if (made && PyModule_AddIntConstant(made, "sets_background", SETS_BACKGROUND) < 0)
+	if (made && (PyModule_AddIntConstant(made, "sets_background", SETS_BACKGROUND) < 0 || direct_add(made) < 0))
 		Py_CLEAR(made);
 	return made;
 }

@@ -15,8 +15,10 @@ from cache.index import Index
 from cache.policy.freshness import Freshness
 from cache.staging import StagingFiles
 from cache.tier import TierFiles
+from fusefs import channel
 from fusefs.control import ControlDirectory
 from fusefs.control_operations import ControlOperations
+from fusefs.direct import DirectAnswers
 from fusefs.durability import Durability
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import Namespace
@@ -92,6 +94,20 @@ def equip(
     return [filesystem.flush_used_regularly, writing.release_descriptors_regularly]
 
 
+def answer_directly(operations: ControlOperations, mover: SocketMoverClient, owner: tuple[int, int]) -> None:
+    """Have what waits for nothing answered without pyfuse3, where the channel extension is there."""
+    if channel.module() is not None:
+        DirectAnswers(
+            operations.filesystem,
+            operations.writing,
+            operations.control,
+            mover,
+            operations.counters,
+            owner,
+            creates=operations.passthrough is None,
+        ).start()
+
+
 async def run_worker(
     operations: ControlOperations,
     config: MountConfig,
@@ -108,6 +124,7 @@ async def run_worker(
             nursery.start_soon(mover.run)
             for task in equip(operations, config, index, tiers, mover, shared, row):
                 nursery.start_soon(task)
+            answer_directly(operations, mover, (config.uid, config.gid))
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
     finally:

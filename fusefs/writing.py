@@ -15,8 +15,8 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -123,18 +123,26 @@ class Writing:
         self, parent: Inode, name: bytes, mode: int, owner: Owner, flags: int, id: int
     ) -> tuple[int, Inode]:
         """Make a file; return a handle for it, and its inode. Raises NameExists with O_EXCL."""
-        _check_name(name)
-        gid = self._gid_below(parent, owner)
+        request = self.creation(parent, name, mode, owner)
         await self._enter_early()
         try:
-            inode = await self.change(Create(parent, name, stat.S_IMODE(mode), owner.uid, gid), id)
+            inode = await self.change(request, id)
         except NameExists as error:
             if flags & os.O_EXCL:
                 raise
             # The kernel did not know the name: it looks again, and asks for the file's permissions.
             raise ObjectChanged("the name was taken just now") from error
+        return self.created(inode, id), inode
+
+    def creation(self, parent: Inode, name: bytes, mode: int, owner: Owner) -> Create:
+        """Return what makes a file, to be asked of the mover. Raises NameTooLong, ObjectMissing."""
+        _check_name(name)
+        return Create(parent, name, stat.S_IMODE(mode), owner.uid, self._gid_below(parent, owner))
+
+    def created(self, inode: Inode, id: int) -> int:
+        """Return the handle of a file that the mover has just made."""
         self._count_open(inode, writing=True, id=id)
-        return inode | WRITING_BIT, inode
+        return inode | WRITING_BIT
 
     async def make_node(
         self, parent: Inode, name: bytes, mode: int, rdev: int, owner: Owner, id: int
@@ -273,8 +281,8 @@ class Writing:
         node = self._index.node(inode)
         return self._passthrough is not None and node is not None and node.staged != 0
 
-    @asynccontextmanager
-    async def _counted(self, inode: Inode, id: int) -> AsyncIterator[None]:
+    @contextmanager
+    def _counted(self, inode: Inode, id: int) -> Iterator[None]:
         """Count as a writer. Should we die inside, the request comes again and sets the count right."""
         self._count_open(inode, writing=True, id=id)
         try:
@@ -301,6 +309,19 @@ class Writing:
         self._gate.wrote(written)
         return written
 
+    def write_nowait(self, handle: int, offset: int, body: bytes) -> bool:
+        """Write a few bytes; return False, with nothing done that counts, where that has to wait or fails."""
+        if offset + len(body) > OBJECT_BYTES_MAX or len(body) >= _THREAD_BYTES or not self._gate.is_open:
+            return False
+        number = self._node(inode_of(handle)).staged
+        if not number:
+            return False
+        with self._staging.held(number) as fd:
+            if _pwrite_all(fd, body, offset) < len(body):
+                return False
+        self._gate.wrote(len(body))
+        return True
+
     async def _staged(self, inode: Inode) -> int:
         """Return the number of the file's staging file, which it gets here if it has none."""
         return self._node(inode).staged or await self._stage(inode, -1)
@@ -312,7 +333,7 @@ class Writing:
         """truncate(2) and ftruncate(2). A file of that size already is not touched."""
         if size_bytes > OBJECT_BYTES_MAX:
             raise FileTooLarge(f"no object of a lake has more than {OBJECT_BYTES_MAX} bytes")
-        async with self._counted(inode, id):
+        with self._counted(inode, id):
             node = self._node(inode)
             if node.staged or node.size_bytes != size_bytes:
                 await self._cut(inode, size_bytes)
@@ -369,15 +390,20 @@ class Writing:
     async def set_attributes(self, request: SetAttributes, id: int) -> None:
         """chmod, chown, utimens. A staged file's times are those of its staging file."""
         inode = Inode(request.inode)
-        if self._is_of_staging_file_only(request):
-            async with self._counted(inode, id):
-                if self._set_while_written(request):
-                    return
+        if self.set_attributes_nowait(request, id):
+            return
         await self.change(request, id)
         if request.atime_ns is not None or request.mtime_ns is not None:
             _, staged = self._filesystem.settled(inode, self._node(inode))
             if staged is not None:
                 self._set_times(self._node(inode).staged, staged, request)
+
+    def set_attributes_nowait(self, request: SetAttributes, id: int) -> bool:
+        """Do what concerns the staging file alone; return False, with nothing done, for anything else."""
+        if not self._is_of_staging_file_only(request):
+            return False
+        with self._counted(Inode(request.inode), id):
+            return self._set_while_written(request)
 
     def _is_of_staging_file_only(self, request: SetAttributes) -> bool:
         """Return whether somebody has the file open for writing, and nothing but its mtime is to change.

@@ -115,7 +115,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     subprocess.run(
         [compiler, "-g", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-fsanitize=address,undefined",
          "-fno-sanitize-recover=undefined", f"-I{sysconfig.get_path('include')}",
-         str(package / "channel.c"), "-o", str(target), *shlex.split(fuse.stdout)],
+         str(package / "channel.c"), str(package / "direct.c"), "-o", str(target), *shlex.split(fuse.stdout)],
         check=True,
     )  # fmt: skip
     return {
