@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -111,10 +112,46 @@ class Changes:
         try:
             answer = await self._committer.commit(lambda w: self._once(w, request, id, changed))
         except BaseException:
-            for change in changed:
-                for number in change.created:
-                    self._staging.remove(number)
+            self._undo(changed)
             raise
+        self._follow_up(changed)
+        if not isinstance(request, messages.Create):  # Its writer closes it first, or the next scan sees it.
+            self._sender.wake()
+        if isinstance(request, messages.SetXattr):
+            self._tell_of_xattrs(request.inode)
+        return answer
+
+    def create_nowait(self, request: messages.Create, id: int, then: Callable[[Answer], None]) -> bool:
+        """Make a file in the transaction that `Committer.flush_due` ends; *then* gets the answer.
+
+        Returns False, with nothing done, where the lake is to be asked first, or nothing may be changed.
+        """
+        if self._keeper.failed or self._read_only_because:
+            return False
+        if not self._lister.knows(Inode(request.parent), request.name):
+            return False
+        changed: list[TreeChange] = []
+        answers: list[Answer] = []
+
+        def end(error: SluiceError | None) -> None:
+            if error is not None:
+                self._undo(changed)
+                then(messages.failure(0, error))
+            else:
+                self._follow_up(changed)
+                then(answers[-1])
+
+        self._committer.commit_due(lambda w: answers.append(self._once(w, request, id, changed)), end)
+        return True
+
+    def _undo(self, changed: list[TreeChange]) -> None:
+        """The transaction failed, or the change was refused."""
+        for change in changed:
+            for number in change.created:
+                self._staging.remove(number)
+
+    def _follow_up(self, changed: list[TreeChange]) -> None:
+        """The transaction is committed."""
         for change in changed:
             for number in change.discarded:
                 self._keeper.discard(number)
@@ -122,11 +159,6 @@ class Changes:
                 self._replaced |= dict.fromkeys(change.replaced, time.monotonic())
                 for inode in change.left:  # Once more: workers see only now that it is to have no grant.
                     self._opens.withdraw_grant(inode)
-        if not isinstance(request, messages.Create):  # Its writer closes it first, or the next scan sees it.
-            self._sender.wake()
-        if isinstance(request, messages.SetXattr):
-            self._tell_of_xattrs(request.inode)
-        return answer
 
     def _check(self) -> None:
         self._keeper.check()
@@ -223,8 +255,21 @@ class Changes:
             if inode not in self._replaced:
                 await self._let_go(inode)
         else:
-            # Nobody waits for it, and who makes many files makes the next one now.
             await self._committer.commit(lambda w: self._seal(w, inode), patient=True)
+            self._sender.wake()
+
+    def closed_nowait(self, inode: int) -> bool:
+        """Have a file sealed with the next transaction; return False, with nothing done, if it has no name.
+
+        Nobody waits for it, and who makes many files makes the next one now.
+        """
+        if self._index.is_detached(inode):
+            return False
+        self._committer.commit_then(lambda w: self._seal(w, inode), self._sealed, patient=True)
+        return True
+
+    def _sealed(self, error: SluiceError | None) -> None:
+        if error is None:  # Else the uploader seals what is closed.
             self._sender.wake()
 
     def _seal(self, w: IndexWriter, inode: int) -> None:

@@ -164,7 +164,7 @@ class SocketMoverClient:
     async def _read(self, stream: trio.SocketStream) -> None:
         try:
             while chunk := await stream.receive_some(_RECEIVE_BYTES):
-                self._take_chunk(chunk)
+                self._take_chunk(bytes(chunk))
         except trio.BrokenResourceError:
             return
 
@@ -181,7 +181,7 @@ class SocketMoverClient:
         self._take_chunk(chunk)
         return bool(chunk)  # Its end `_read` will see, too.
 
-    def _take_chunk(self, chunk: bytes | bytearray) -> None:
+    def _take_chunk(self, chunk: bytes) -> None:
         for packed in self._reader.feed(chunk):
             message = messages.decode_from_mover(packed)
             self._heard_s = trio.current_time()

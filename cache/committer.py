@@ -60,6 +60,7 @@ class Committer:
         self._pending: list[_Waiter[Any]] = []
         self._queued = trio.Event()
         self._hurry = trio.Event()
+        self._is_due = False
 
     async def commit(self, change: Change[T], *, patient: bool = False) -> T:
         """Apply *change* and return what it returned, once that is committed.
@@ -91,9 +92,21 @@ class Committer:
         """Apply *change* with the next transaction; failures show in the log only."""
         self._add(_Waiter(change))
 
-    def commit_then(self, change: Change[object], then: Callable[[SluiceError | None], None]) -> None:
+    def commit_then(
+        self, change: Change[object], then: Callable[[SluiceError | None], None], *, patient: bool = False
+    ) -> None:
         """Apply *change* with the next transaction; call *then* with what `commit` would raise, or None."""
-        self._add(_Waiter(change, then))
+        self._add(_Waiter(change, then), patient=patient)
+
+    def commit_due(self, change: Change[object], then: Callable[[SluiceError | None], None]) -> None:
+        """The same for who calls `flush_due` before it waits for anything: `run` need not be woken."""
+        self._add(_Waiter(change, then), patient=True)
+        self._is_due = True
+
+    def flush_due(self) -> None:
+        """Commit now if something is due, with all that waits."""
+        if self._is_due:
+            self.flush()
 
     def _add(self, waiter: _Waiter[Any], *, patient: bool = False) -> None:
         self._pending.append(waiter)
@@ -112,6 +125,7 @@ class Committer:
 
     def flush(self) -> None:
         """Commit what waits, now; `run` may find nothing left then."""
+        self._is_due = False
         waiters, self._pending = self._pending, []
         if not waiters:
             return
