@@ -114,21 +114,21 @@ class Changes:
         except BaseException:
             self._undo(changed)
             raise
-        self._follow_up(changed)
-        if not isinstance(request, messages.Create):  # Its writer closes it first, or the next scan sees it.
-            self._sender.wake()
-        if isinstance(request, messages.SetXattr):
-            self._tell_of_xattrs(request.inode)
+        self._follow_up(changed, request)
         return answer
 
-    def create_nowait(self, request: messages.Create, id: int, then: Callable[[Answer], None]) -> bool:
-        """Make a file in the transaction that `Committer.flush_due` ends; *then* gets the answer.
+    def apply_nowait(
+        self, request: messages.Create | messages.SetAttributes, id: int, then: Callable[[Answer], None]
+    ) -> bool:
+        """Do what `apply` does in the transaction that `Committer.flush_due` ends; *then* gets the answer.
 
         Returns False, with nothing done, where the lake is to be asked first, or nothing may be changed.
         """
         if self._keeper.failed or self._read_only_because:
             return False
-        if not self._lister.knows(Inode(request.parent), request.name):
+        if isinstance(request, messages.Create) and not self._lister.knows(
+            Inode(request.parent), request.name
+        ):
             return False
         changed: list[TreeChange] = []
         answers: list[Answer] = []
@@ -138,7 +138,7 @@ class Changes:
                 self._undo(changed)
                 then(messages.failure(0, error))
             else:
-                self._follow_up(changed)
+                self._follow_up(changed, request)
                 then(answers[-1])
 
         self._committer.commit_due(lambda w: answers.append(self._once(w, request, id, changed)), end)
@@ -150,7 +150,7 @@ class Changes:
             for number in change.created:
                 self._staging.remove(number)
 
-    def _follow_up(self, changed: list[TreeChange]) -> None:
+    def _follow_up(self, changed: list[TreeChange], request: messages.Change) -> None:
         """The transaction is committed."""
         for change in changed:
             for number in change.discarded:
@@ -159,6 +159,10 @@ class Changes:
                 self._replaced |= dict.fromkeys(change.replaced, time.monotonic())
                 for inode in change.left:  # Once more: workers see only now that it is to have no grant.
                     self._opens.withdraw_grant(inode)
+        if not isinstance(request, messages.Create):  # Its writer closes it first, or the next scan sees it.
+            self._sender.wake()
+        if isinstance(request, messages.SetXattr):
+            self._tell_of_xattrs(request.inode)
 
     def _check(self) -> None:
         self._keeper.check()

@@ -237,9 +237,9 @@ class Mover:
             return False
         if isinstance(request, messages.Closed):
             return self.write_path.changes.closed_nowait(request.inode)
-        if isinstance(request, messages.Create):
+        if isinstance(request, messages.Create | messages.SetAttributes):
             self.keeper.names_changed()
-            return self.write_path.changes.create_nowait(request, id, then)
+            return self.write_path.changes.apply_nowait(request, id, then)
         return False
 
     async def _write(

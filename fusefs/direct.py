@@ -1,9 +1,9 @@
 """Requests that are answered at once, in the call that receives them: see direct.c.
 
 The same verbs as in `operations.py` and `changing.py`, for those of their requests that wait for
-nothing, and for CREATE, which waits for the mover. What is anything else, or fails, returns None: it
-goes the usual way then, to be waited for, counted and told of there. So nothing here has an effect
-that would be wrong twice.
+nothing, and for CREATE and SETATTR, which wait for the mover. What is anything else, or fails,
+returns None: it goes the usual way then, to be waited for, counted and told of there. So nothing here
+has an effect that would be wrong twice.
 
 Formats: linux/fuse.h.
 """
@@ -156,7 +156,7 @@ class DirectAnswers:
         if not issubclass(kind, errors.NamespaceError):
             self._counters.add("errors")
         if code == errno.EIO:
-            log.error("create: %s", answer.text)
+            log.error("%s", answer.text)
         return code
 
     def _opened_reply(self, inode: Inode, handle: int) -> bytes:
@@ -181,7 +181,6 @@ class DirectAnswers:
         return pack_attributes(self._shown(Entry(inode, node, 0.0), is_unlinked=is_unlinked))
 
     def _setattr(self, unique: int, inode: Inode, body: bytes) -> Result:
-        """Set what tar(1) sets of the files that it has open."""
         fields = _SETATTR_REQUEST.unpack_from(body)
         valid = fields[0]
         if self._writing is None or not valid & _SETS or valid & ~(_SETS | _HANDLE | _LOCK_OWNER):
@@ -194,10 +193,29 @@ class DirectAnswers:
             gid=gid if valid & _GID else None,
             mtime_ns=mtime_s * 1_000_000_000 + mtime_ns if valid & _MTIME else None,
         )
-        if not self._writing.set_attributes_nowait(request, unique):
+        if self._writing.set_attributes_nowait(request, unique):
+            return self._attributes_reply(inode)
+        if request.mtime_ns is not None:  # It may be for the staging file as well.
             return None
+        self._mover.ask_then(request, unique, partial(self._set, unique, inode))
+        return _LATER
+
+    def _set(self, unique: int, inode: Inode, answer: Answer) -> None:
+        """Answer a SETATTR with what the mover says to it."""
+        try:
+            reply: Result = self._failed(answer, 0)
+            if not answer.error:
+                reply = self._attributes_reply(inode)
+        except Exception:
+            log.exception("a file's attributes were set, and can't be shown")
+            reply = errno.EIO
+        channel.module().reply(unique, reply)
+
+    def _attributes_reply(self, inode: Inode) -> bytes:
         entry = self._namespace.own_entry(inode)
-        return None if entry is None else pack_attributes(self._shown(entry))
+        if entry is None:
+            raise errors.ObjectMissing(f"inode {inode} is not known")
+        return pack_attributes(self._shown(entry))
 
     # Content
 
