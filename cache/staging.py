@@ -51,14 +51,20 @@ class StagingFiles:
 
     # Files
 
-    def create(self, number: int) -> None:
-        """Make an empty file. Raises CacheError if there is one: no number is used twice.
+    def create(self, number: int) -> bool:
+        """Make an empty file; return False if there is one: no number is used twice.
 
         Its name is durable once `sync_entries` returned; the JournalKeeper sees to that before
         the journal names it.
         """
         with _as_staging_errors(self.directory):
-            os.close(os.open(self.path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            try:
+                os.close(
+                    os.open(self.path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                )
+            except FileExistsError:
+                return False
+        return True
 
     def exists(self, number: int) -> bool:
         return os.path.exists(self.path(number))

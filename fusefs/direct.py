@@ -193,7 +193,7 @@ class DirectAnswers:
             gid=gid if valid & _GID else None,
             mtime_ns=mtime_s * 1_000_000_000 + mtime_ns if valid & _MTIME else None,
         )
-        if self._writing.set_attributes_nowait(request, unique):
+        if self._writing.set_attributes_nowait(request):
             return self._attributes_reply(inode)
         if request.mtime_ns is not None:  # It may be for the staging file as well.
             return None

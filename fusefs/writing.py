@@ -48,7 +48,7 @@ from cache.messages import (
 )
 from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, Inode
 from cache.opens import OpenTable
-from cache.records import Node
+from cache.records import Attributes, Node
 from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
@@ -390,7 +390,7 @@ class Writing:
     async def set_attributes(self, request: SetAttributes, id: int) -> None:
         """chmod, chown, utimens. A staged file's times are those of its staging file."""
         inode = Inode(request.inode)
-        if self.set_attributes_nowait(request, id):
+        if self.set_attributes_nowait(request):
             return
         await self.change(request, id)
         if request.atime_ns is not None or request.mtime_ns is not None:
@@ -398,39 +398,24 @@ class Writing:
             if staged is not None:
                 self._set_times(self._node(inode).staged, staged, request)
 
-    def set_attributes_nowait(self, request: SetAttributes, id: int) -> bool:
-        """Do what concerns the staging file alone; return False, with nothing done, for anything else."""
-        if not self._is_of_staging_file_only(request):
-            return False
-        with self._counted(Inode(request.inode), id):
-            return self._set_while_written(request)
+    def set_attributes_nowait(self, request: SetAttributes) -> bool:
+        """Set a staging file's mtime, and with it its ctime, where that is all there is to do.
 
-    def _is_of_staging_file_only(self, request: SetAttributes) -> bool:
-        """Return whether somebody has the file open for writing, and nothing but its mtime is to change.
-
-        tar(1) sets time and owner of each file that it has open: a message less for both.
+        It is while somebody has the file open for writing, and nothing but its mtime is to change: it is
+        sealed once he is gone, with the time that its staging file has then. tar(1) sets time and owner of
+        each file that it has open: a message less for both. Returns False, with nothing done, else.
         """
         inode = Inode(request.inode)
         if request.atime_ns is not None or self._opens is None or not self._opens.state(inode).writers:
             return False
-        own = self._node(inode).attributes
-        if own is None:
-            return False
-        asked = ((request.mode, own.mode), (request.uid, own.uid), (request.gid, own.gid))
-        return all(new in (None, old) for new, old in asked)
-
-    def _set_while_written(self, request: SetAttributes) -> bool:
-        """Set the staging file's mtime, and with it its ctime; return whether that is all there is to do.
-
-        It is while another has the file open for writing, besides us: it is sealed once both are gone, with
-        the time that its staging file has then.
-        """
-        inode = Inode(request.inode)
-        number = self._node(inode).staged
-        if self._opens is None or self._opens.state(inode).writers < 2 or not number:
-            return False
-        with _staging_errors():
-            self._set_times(number, os.stat(self._staging.path(number)), request)
+        with self._opens.held(inode) as held:  # No seal comes in between.
+            node = self._node(inode)
+            if not (held.state.writers and node.staged and node.attributes):
+                return False
+            if _changes(request, node.attributes):
+                return False
+            with _staging_errors():
+                self._set_times(node.staged, os.stat(self._staging.path(node.staged)), request)
         return True
 
     def _set_times(self, number: int, now: os.stat_result, request: SetAttributes) -> None:
@@ -473,6 +458,12 @@ class Writing:
             await trio.sleep(1.0)
             self._staging.release_removed()
             self._staging.release_idle()
+
+
+def _changes(request: SetAttributes, own: Attributes) -> bool:
+    """Return whether mode or owner are to be others than they are."""
+    asked = ((request.mode, own.mode), (request.uid, own.uid), (request.gid, own.gid))
+    return any(new not in (None, old) for new, old in asked)
 
 
 def _check_name(name: bytes) -> None:
