@@ -11,6 +11,7 @@ import pyfuse3
 
 from cache.model import KIND_DIRECTORY, KIND_SYMLINK
 from cache.records import Node
+from cache.staging import mode_said
 from fusefs.namespace import ATTRIBUTE_TTL_S, Entry
 
 _DEFAULT_MODES = {KIND_DIRECTORY: 0o755, KIND_SYMLINK: 0o777}
@@ -153,7 +154,9 @@ def _show_content(shown: Shown, node: Node) -> None:
 
 
 def _show_staged(shown: Shown, node: Node, staged: os.stat_result) -> None:
-    own = node.attributes
+    own, mode = node.attributes, mode_said(staged)
+    if mode is not None:
+        shown.st_mode = pyfuse3.ModeT(node.kind | mode)
     shown.st_size, shown.st_blocks = staged.st_size, staged.st_blocks
     shown.st_mtime_ns, shown.st_atime_ns = staged.st_mtime_ns, staged.st_atime_ns
     shown.st_ctime_ns = max(staged.st_ctime_ns, own.ctime_ns if own is not None else 0)
