@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -27,8 +28,9 @@ from cache.messages import Answer
 from cache.model import Inode
 from cache.opens import OpenTable
 from cache.pending import OPEN, SEALED, Orphan, PendingTable, Put
+from cache.records import Attributes
 from cache.renaming import replace
-from cache.staging import StagingFiles
+from cache.staging import StagingFiles, as_written
 from cache.tree import TreeChange, attributes_of, xattrs_bytes
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,8 @@ class Changes:
         orphans = [row.inode for row in table.rows.values() if isinstance(row, Orphan)]
         self._replaced: dict[int, float] = dict.fromkeys(orphans if opens else (), time.monotonic())
         self._told_of_xattrs = False
+        # Whose mode was set by a change that is not committed yet: what their staging files say is void.
+        self._chmodded: set[int] = set()
         # Ids whose answers the index has, oldest first, and the number that the next one gets.
         self._answered = deque(index.answer_ids())
         self._next_answer = index.answers_given()
@@ -105,16 +109,55 @@ class Changes:
         self._check()
         known = self._index.answer(id) if id else None
         if known is not None:
+            self._forget_mode(request)
             return _unpack(known)
         await self._look(request)
         changed: list[TreeChange] = []
         try:
             answer = await self._committer.commit(lambda w: self._once(w, request, id, changed))
         except BaseException:
-            for change in changed:
-                for number in change.created:
-                    self._staging.remove(number)
+            self._undo(changed, request)
             raise
+        self._follow_up(changed, request)
+        return answer
+
+    def apply_nowait(
+        self, request: messages.Create | messages.SetAttributes, id: int, then: Callable[[Answer], None]
+    ) -> bool:
+        """Do what `apply` does in the transaction that `Committer.flush_due` ends; *then* gets the answer.
+
+        Returns False, with nothing done, where the lake is to be asked first, or nothing may be changed.
+        """
+        if self._keeper.failed or self._read_only_because:
+            return False
+        if isinstance(request, messages.Create) and not self._lister.knows(
+            Inode(request.parent), request.name
+        ):
+            return False
+        changed: list[TreeChange] = []
+        answers: list[Answer] = []
+
+        def end(error: SluiceError | None) -> None:
+            if error is not None:
+                self._undo(changed, request)
+                then(messages.failure(0, error))
+            else:
+                self._follow_up(changed, request)
+                then(answers[-1])
+
+        self._committer.commit_due(lambda w: answers.append(self._once(w, request, id, changed)), end)
+        return True
+
+    def _undo(self, changed: list[TreeChange], request: messages.Change) -> None:
+        """The transaction failed, or the change was refused."""
+        if isinstance(request, messages.SetAttributes):
+            self._chmodded.discard(request.inode)
+        for change in changed:
+            for number in change.created:
+                self._staging.remove(number)
+
+    def _follow_up(self, changed: list[TreeChange], request: messages.Change) -> None:
+        """The transaction is committed."""
         for change in changed:
             for number in change.discarded:
                 self._keeper.discard(number)
@@ -122,11 +165,23 @@ class Changes:
                 self._replaced |= dict.fromkeys(change.replaced, time.monotonic())
                 for inode in change.left:  # Once more: workers see only now that it is to have no grant.
                     self._opens.withdraw_grant(inode)
+        self._forget_mode(request)
         if not isinstance(request, messages.Create):  # Its writer closes it first, or the next scan sees it.
             self._sender.wake()
         if isinstance(request, messages.SetXattr):
             self._tell_of_xattrs(request.inode)
-        return answer
+
+    def _forget_mode(self, request: messages.Change) -> None:
+        """The node has the mode that was asked for: void is what its staging file says.
+
+        Also where the change comes a second time: an earlier mover may have ended in between.
+        """
+        if not isinstance(request, messages.SetAttributes) or request.mode is None:
+            return
+        self._chmodded.discard(request.inode)
+        node = self._index.node(request.inode)
+        if node is not None and node.staged:
+            self._staging.forget_mode(node.staged)
 
     def _check(self) -> None:
         self._keeper.check()
@@ -139,6 +194,8 @@ class Changes:
             return _unpack(known)
         change = TreeChange(w, self._table, self._staging, self._opens, self._owner, time.time_ns())
         changed.append(change)
+        if isinstance(request, messages.SetAttributes) and request.mode is not None:
+            self._chmodded.add(request.inode)
         answer = Answer(0, value=change.apply(request))
         if id:
             self._remember(w, id, answer)
@@ -223,8 +280,21 @@ class Changes:
             if inode not in self._replaced:
                 await self._let_go(inode)
         else:
-            # Nobody waits for it, and who makes many files makes the next one now.
             await self._committer.commit(lambda w: self._seal(w, inode), patient=True)
+            self._sender.wake()
+
+    def closed_nowait(self, inode: int) -> bool:
+        """Have a file sealed with the next transaction; return False, with nothing done, if it has no name.
+
+        Nobody waits for it, and who makes many files makes the next one now.
+        """
+        if self._index.is_detached(inode):
+            return False
+        self._committer.commit_then(lambda w: self._seal(w, inode), self._sealed, patient=True)
+        return True
+
+    def _sealed(self, error: SluiceError | None) -> None:
+        if error is None:  # Else the uploader seals what is closed.
             self._sender.wake()
 
     def _seal(self, w: IndexWriter, inode: int) -> None:
@@ -246,10 +316,18 @@ class Changes:
                 continue
             stat = self._staging.stat(row.staged)
             state = SEALED if row.state == OPEN else row.state
-            sealed = replace(row, state=state, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+            changes = {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            sealed = replace(
+                row, state=state, attributes=self._written(inode, row.attributes, stat), **changes
+            )
             if sealed != row:
-                w.put_node(inode, replace(node, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns))
+                own = self._written(inode, attributes_of(node, self._owner), stat)
+                w.put_node(inode, replace(node, attributes=own, **changes))
                 self._table.replace(w, seq, replace(sealed, sealed_at_s=time.time()))
+
+    def _written(self, inode: int, own: Attributes, status: os.stat_result) -> Attributes:
+        """Return the attributes of a file that was written, with what its staging file says of them."""
+        return own if inode in self._chmodded else as_written(own, status)
 
     async def _let_go(self, *inodes: int) -> None:
         """Forget unlinked files that nobody has open any more."""
@@ -295,8 +373,14 @@ class Changes:
 
     def _note_synced(self, w: IndexWriter, inode: int, length_bytes: int) -> None:
         for seq, row in self._table.of_inode(inode):
-            if isinstance(row, Put) and row.synced_bytes != length_bytes:
-                self._table.replace(w, seq, replace(row, synced_bytes=length_bytes))
+            if not isinstance(row, Put):
+                continue
+            synced = replace(row, synced_bytes=length_bytes)
+            if row.staged:
+                status = self._staging.stat(row.staged)
+                synced = replace(synced, attributes=self._written(inode, row.attributes, status))
+            if synced != row:
+                self._table.replace(w, seq, synced)
 
     # Dirty bytes
 

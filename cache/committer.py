@@ -60,6 +60,7 @@ class Committer:
         self._pending: list[_Waiter[Any]] = []
         self._queued = trio.Event()
         self._hurry = trio.Event()
+        self._due: list[_Waiter[Any]] = []
 
     async def commit(self, change: Change[T], *, patient: bool = False) -> T:
         """Apply *change* and return what it returned, once that is committed.
@@ -91,9 +92,23 @@ class Committer:
         """Apply *change* with the next transaction; failures show in the log only."""
         self._add(_Waiter(change))
 
-    def commit_then(self, change: Change[object], then: Callable[[SluiceError | None], None]) -> None:
+    def commit_then(
+        self, change: Change[object], then: Callable[[SluiceError | None], None], *, patient: bool = False
+    ) -> None:
         """Apply *change* with the next transaction; call *then* with what `commit` would raise, or None."""
-        self._add(_Waiter(change, then))
+        self._add(_Waiter(change, then), patient=patient)
+
+    def commit_due(self, change: Change[object], then: Callable[[SluiceError | None], None]) -> None:
+        """The same for who calls `flush_due` before it waits for anything: `run` need not be woken.
+
+        *change* must not depend on what waits with patience: that is left for the next transaction.
+        """
+        self._due.append(_Waiter(change, then))
+
+    def flush_due(self) -> None:
+        """Commit what is due, if anything is."""
+        due, self._due = self._due, []
+        self._commit(due)
 
     def _add(self, waiter: _Waiter[Any], *, patient: bool = False) -> None:
         self._pending.append(waiter)
@@ -113,6 +128,9 @@ class Committer:
     def flush(self) -> None:
         """Commit what waits, now; `run` may find nothing left then."""
         waiters, self._pending = self._pending, []
+        self._commit(waiters)
+
+    def _commit(self, waiters: list[_Waiter[Any]]) -> None:
         if not waiters:
             return
         try:

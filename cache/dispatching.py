@@ -46,6 +46,7 @@ from cache.uploading import Puts, Receipt
 
 log = logging.getLogger(__name__)
 
+_GATHER_S = 0.005  # So long rows that changed wait for others to be looked at with them.
 _SCAN_S = 1.0  # Open files are looked at so often: nobody tells when they were written to.
 _BLOCKED_SHARE = 20  # Looking at what is blocked takes at most this part of the time.
 _LANES = {"small": 2, "large": 4, "move": 4, "delete": 2}  # Operations of a kind at once; small: a slot.
@@ -138,6 +139,7 @@ class Dispatcher:
             self._dispatch(now_s)
             with trio.move_on_after(self._pause_s(now_s)):
                 await self._wake.wait()
+                await trio.sleep(_GATHER_S)
 
     def wake(self) -> None:
         """Have rows that changed looked at. To be called after each commit that changed some."""

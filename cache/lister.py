@@ -146,6 +146,11 @@ class Lister:
                 raise
             return known is not None
 
+    def knows(self, parent: Inode, name: bytes) -> bool:
+        """Return whether `lookup` has nothing to ask the lake for."""
+        is_control = parent == ROOT_INODE and name == CONTROL_NAME
+        return not is_control and self._is_listed(parent)
+
     async def _lookup_fresh(self, parent: Inode, name: bytes) -> bool:
         """Ask for the whole directory where that is one request or so, else for the one key."""
         state = self._index.directory(parent)

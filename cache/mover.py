@@ -228,6 +228,20 @@ class Mover:
         if self.ahead is not None:
             self.ahead.used(Inode(inode), now_s)
 
+    def begin_nowait(self, request: messages.Request, id: int, then: Callable[[Answer], None]) -> bool:
+        """Begin what waits for the next commit alone: see `Committer.flush_due`. *then* gets the answer.
+
+        Returns False, with nothing done, for what `handle` is for.
+        """
+        if self.write_path is None or self.recorders:
+            return False
+        if isinstance(request, messages.Closed):
+            return self.write_path.changes.closed_nowait(request.inode)
+        if isinstance(request, messages.Create | messages.SetAttributes):
+            self.keeper.names_changed()
+            return self.write_path.changes.apply_nowait(request, id, then)
+        return False
+
     async def _write(
         self,
         request: messages.Change | messages.Stage | messages.Closed | messages.Sync | messages.AwaitRoom,

@@ -264,8 +264,10 @@ class OpenTable:
 
     def _slot(self, base: int, key: int) -> int | None:
         """Return where *key*'s entry is; for key 0, where one is free."""
-        keys = self._cells[base + _KEYS : base + _VALUES].tolist()
-        return keys.index(key) if key in keys else None
+        try:
+            return self._cells[base + _KEYS : base + _VALUES].tolist().index(key)
+        except ValueError:
+            return None
 
     def _state(self, base: int, inode: int, value: int) -> OpenState:
         readers, writers = value & _READERS_MAX, value >> _WRITERS_SHIFT & _WRITERS_MAX
@@ -342,12 +344,16 @@ class Held:
 
         *request*: its number, without the bit that says that it was sent again; 0: not known.
         """
-        table, value = self._table, self._table._value(self._base, self._inode)
+        table, base, inode = self._table, self._base, self._inode
+        value = table._value(base, inode)
         if not table._was_counted(request):
-            if not self.state.is_open:  # Nor does an id count that the last closer left behind.
+            if not table._state(
+                base, inode, value
+            ).is_open:  # Nor does an id count that the last closer left.
                 value = 0
-            table._put(self._base, self._inode, _counted(value, writing, 1), request)
-        return self.state
+            table._put(base, inode, _counted(value, writing, 1), request)
+            value = table._value(base, inode)
+        return table._state(base, inode, value)
 
     @property
     def may_get_backing(self) -> bool:

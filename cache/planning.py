@@ -32,7 +32,7 @@ from cache.pending import (
     upload_mark,
 )
 from cache.policy.writeback import Backoff, Quiet, Schedule
-from cache.staging import StagingFiles
+from cache.staging import StagingFiles, as_written
 
 log = logging.getLogger(__name__)
 
@@ -199,13 +199,16 @@ class Plans:
             status = self._staging.stat(row.staged)
             size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
             sealed = replace(row, state=SEALED, size_bytes=size_bytes, mtime_ns=mtime_ns)
-            sealed = replace(sealed, sealed_at_s=time.time())
+            attributes = as_written(row.attributes, status)
+            sealed = replace(sealed, attributes=attributes, sealed_at_s=time.time())
             self._committer.commit_now(lambda w: self._put_sealed(w, seq, sealed))
 
     def _put_sealed(self, w: IndexWriter, seq: int, row: Put) -> None:
         node = w.node(row.inode)
         if node is not None:
-            w.put_node(row.inode, replace(node, size_bytes=row.size_bytes, mtime_ns=row.mtime_ns))
+            own = node.attributes and replace(node.attributes, mode=row.attributes.mode)
+            node = replace(node, size_bytes=row.size_bytes, mtime_ns=row.mtime_ns, attributes=own)
+            w.put_node(row.inode, node)
         self._table.replace(w, seq, row)
 
     # Failures

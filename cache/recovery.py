@@ -55,7 +55,7 @@ from cache.pending import (
     encode_pending,
 )
 from cache.records import Node
-from cache.staging import StagingFiles
+from cache.staging import StagingFiles, as_written
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +224,7 @@ def _sized_put(row: Put, staging: StagingFiles) -> Put:
         size_bytes=status.st_size,
         sealed_at_s=time.time(),
         mtime_ns=status.st_mtime_ns,
+        attributes=as_written(row.attributes, status),
     )
 
 
@@ -232,6 +233,7 @@ def _mended_put(row: Put, staging: StagingFiles) -> Put | None:
 
     What was sent at some ctime is no help any more: the file may have that ctime without those bytes.
     """
+    staging.forget_mode(row.staged)  # It may be an older one than the row's, which was synced.
     status = staging.stat(row.staged)
     row = replace(row, uploaded=b"", upload_ctime_ns=0)
     if row.state != OPEN and status.st_size == row.size_bytes:
@@ -252,7 +254,11 @@ def _mended_put(row: Put, staging: StagingFiles) -> Put | None:
         status.st_size,
     )
     return replace(
-        row, state=SEALED, size_bytes=size_bytes, sealed_at_s=time.time(), mtime_ns=status.st_mtime_ns
+        row,
+        state=SEALED,
+        size_bytes=size_bytes,
+        sealed_at_s=time.time(),
+        mtime_ns=status.st_mtime_ns,
     )
 
 

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,15 +74,36 @@ class WorkerConnection:
         self._mover = mover
         self._out = bytearray()
         self._wake = trio.Event()
+        self._is_writing = False
 
     async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._write)
-            reader = messages.FrameReader()
-            while chunk := await self._stream.receive_some(_RECEIVE_BYTES):
-                for packed in reader.feed(chunk):
-                    self._requests.start_soon(self._answer, messages.decode_asked(packed))
-            nursery.cancel_scope.cancel()
+        # The same socket without trio.
+        with socket.fromfd(self._stream.socket.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as direct:
+            direct.setblocking(False)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                reader = messages.FrameReader()
+                while chunk := await self._stream.receive_some(_RECEIVE_BYTES):
+                    for packed in reader.feed(bytes(chunk)):
+                        self._begin(messages.decode_asked(packed))
+                    self._mover.committer.flush_due()
+                    self._send_now(direct)
+                nursery.cancel_scope.cancel()
+
+    def _begin(self, asked: messages.Asked) -> None:
+        if not self._mover.begin_nowait(asked.request, asked.id, partial(self._put, asked.number)):
+            self._requests.start_soon(self._answer, asked)
+
+    def _put(self, number: int, answer: messages.Answer) -> None:
+        answer.number = number
+        self._out += messages.frame(answer)
+        self._wake.set()
+
+    def _send_now(self, direct: socket.socket) -> None:
+        """Send what gathered: a turn of the loop until `_write` did would take longer than the call."""
+        if self._out and not self._is_writing:
+            with suppress(OSError):  # It is full, or the worker is gone: `_write` sees to that.
+                del self._out[: direct.send(self._out)]
 
     async def send(self, message: messages.FromMover) -> None:
         self._out += messages.frame(message)
@@ -93,10 +115,14 @@ class WorkerConnection:
             await self._wake.wait()
             self._wake = trio.Event()
             out, self._out = self._out, bytearray()
+            if not out:
+                continue
+            self._is_writing = True
             try:
                 await self._stream.send_all(out)
             except trio.BrokenResourceError:
                 return
+            self._is_writing = False
 
     async def _answer(self, asked: messages.Asked) -> None:
         try:

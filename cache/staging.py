@@ -14,14 +14,19 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from cache.errors import CacheError, StagingFull
 from cache.model import NAME_BYTES_MAX
+from cache.records import Attributes
 
+_MODE = 0o600  # Of a staging file that says nothing of the mode: its node does.
 _libc = ctypes.CDLL(None, use_errno=True)
 _FDS_MAX = 64
 _FEW_FILES = 8  # So many are synced one by one; more of them with all that is on the disk.
@@ -51,14 +56,20 @@ class StagingFiles:
 
     # Files
 
-    def create(self, number: int) -> None:
-        """Make an empty file. Raises CacheError if there is one: no number is used twice.
+    def create(self, number: int) -> bool:
+        """Make an empty file; return False if there is one: no number is used twice.
 
         Its name is durable once `sync_entries` returned; the JournalKeeper sees to that before
         the journal names it.
         """
         with _as_staging_errors(self.directory):
-            os.close(os.open(self.path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            try:
+                os.close(
+                    os.open(self.path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+                )
+            except FileExistsError:
+                return False
+        return True
 
     def exists(self, number: int) -> bool:
         return os.path.exists(self.path(number))
@@ -75,6 +86,18 @@ class StagingFiles:
             status = os.stat(path)
             os.truncate(path, size_bytes)
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def set_mode(self, number: int, mode: int) -> None:
+        """Have the file say that it has this mode, which it `may_say`; the node's is void then."""
+        assert may_say(mode), mode
+        with _as_staging_errors(self.directory):
+            os.chmod(self.path(number), mode)
+
+    def forget_mode(self, number: int) -> None:
+        """Have the node say the mode."""
+        if mode_said(self.stat(number)) is not None:
+            with _as_staging_errors(self.directory):
+                os.chmod(self.path(number), _MODE)
 
     def remove(self, number: int) -> None:
         """Unlink the file, if it is there. Nothing durable may name it: see `JournalKeeper.discard`."""
@@ -265,6 +288,25 @@ class FdCache:
     def _close(self, number: int) -> None:
         self._dropped.discard(number)
         os.close(self._fds.pop(number))
+
+
+def may_say(mode: int) -> bool:
+    """Return whether a staging file may have *mode*: we can still use it, and it runs for nobody else."""
+    return mode != _MODE and mode & _MODE == _MODE and not mode & ~0o777
+
+
+def mode_said(status: os.stat_result) -> int | None:
+    """Return the mode that was set while the file was written, None where its node says it."""
+    mode = stat.S_IMODE(status.st_mode)
+    return None if mode == _MODE else mode
+
+
+def as_written(own: Attributes, status: os.stat_result) -> Attributes:
+    """Return the attributes of a file whose node has *own*, and whose staging file has *status*."""
+    mode = mode_said(status)
+    if mode is None or mode == own.mode:
+        return own
+    return msgspec.structs.replace(own, mode=mode, ctime_ns=max(own.ctime_ns, status.st_ctime_ns))
 
 
 def is_open_for_writing(fd: int) -> bool:

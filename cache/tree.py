@@ -397,9 +397,8 @@ def attributes_of(node: Node, owner: tuple[int, int]) -> Attributes:
 def make_staging_file(w: IndexWriter, staging: StagingFiles) -> int:
     """Make an empty staging file; return its number. Raises StagingFull, CacheError."""
     number = w.take_staged_number()
-    while staging.exists(number):  # Of a transaction that failed.
+    while not staging.create(number):  # There is one, of a transaction that failed.
         number = w.take_staged_number()
-    staging.create(number)
     return number
 
 

@@ -37,7 +37,7 @@ from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, part_bytes
 from cache.records import Node
 from cache.residency import Land, Residency
 from cache.sending import Content, Sender, Stale, Summed, Upload, opened
-from cache.staging import StagingFiles, is_open_for_writing
+from cache.staging import StagingFiles, as_written, is_open_for_writing
 
 log = logging.getLogger(__name__)
 
@@ -373,9 +373,14 @@ class Puts:
     ) -> None:
         row = self._table.rows[seq]
         assert isinstance(row, Put)
+        node = w.node(row.inode)
+        own = node.attributes if node is not None else None
+        if row.staged:  # It may have been closed just now, and not be sealed yet.
+            status = self._staging.stat(row.staged)
+            row = replace(row, attributes=as_written(row.attributes, status))
+            own = own and as_written(own, status)
         key, etag, size_bytes = os.fsencode(content.key), info.version.etag, info.version.size_bytes
         self._table.running.end(seq)
-        node = w.node(row.inode)
         if node is not None:
             vid = info.version.id
             clean = replace(
@@ -386,6 +391,7 @@ class Puts:
                 vid=vid,
                 seen_at_s=time.time(),
                 staged=0,
+                attributes=own,
             )
             put_origin(w, row.inode, clean, key)
             if node.vid and node.vid != vid:

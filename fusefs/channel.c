@@ -47,7 +47,6 @@
 
 #include <dlfcn.h>
 #include <errno.h>
-#include <poll.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -225,36 +224,34 @@ int answer_here(int device, const void *request, size_t length)
 	return answer_granted(device, request, length);
 }
 
-/* Return whether there is one, or comes soon: waking Python for it would take longer than to answer it. */
-static int another_request(int fd)
-{
-	struct pollfd device = {.fd = fd, .events = POLLIN};
-	struct timespec linger = {0, LINGER_NS};
-
-	return ppoll(&device, 1, &linger, NULL) > 0 && (device.revents & POLLIN);
-}
-
-static int is_answered(int fd, const struct fuse_buf *buffer, size_t length)
-{
-	return !(buffer->flags & FUSE_BUF_IS_FD) && answer_here(fd, buffer->mem, length);
-}
-
+/* One request, from whoever receives here. */
 static int receive(struct fuse_session *session, struct fuse_buf *buffer)
 {
-	int fd = fuse_session_fd(session), result = receive_of_libfuse(session, buffer);
+	int result = is_receiving() ? receive_from_thread(session, buffer) : receive_of_libfuse(session, buffer);
 
-	for (int answers = 1; result > 0 && is_answered(fd, buffer, (size_t)result); answers++) {
-		if (answers == ANSWERS_MAX || !another_request(fd))
-			return -EINTR;
-		result = receive_of_libfuse(session, buffer);
-	}
 	return result == -EAGAIN ? -EINTR : result;
 }
 
+/* Return whether the request needs pyfuse3 no more. A thread that receives has answered what needs no Python. */
+static int is_answered(struct fuse_session *session, const struct fuse_buf *buffer, size_t length)
+{
+	if (buffer->flags & FUSE_BUF_IS_FD)
+		return 0;
+	if (!is_receiving() && answer_here(fuse_session_fd(session), buffer->mem, length))
+		return 1;
+	return direct_answer(device_of(fuse_session_fd(session)), buffer->mem, length);
+}
+
+/* Waking Python for the next request would take longer than to answer it: it is waited for a moment. */
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buffer)
 {
-	int result = is_receiving() ? receive_from_thread(session, buffer) : receive(session, buffer);
+	int result = receive(session, buffer);
 
+	for (int answers = 1; result > 0 && is_answered(session, buffer, (size_t)result); answers++) {
+		if (answers == ANSWERS_MAX || !direct_wait(fuse_session_fd(session), LINGER_NS))
+			return -EINTR;
+		result = receive(session, buffer);
+	}
 	if (result > 0 && !(buffer->flags & FUSE_BUF_IS_FD))
 		note_request(buffer->mem, (size_t)result);
 	return result;
@@ -509,7 +506,7 @@ PyMODINIT_FUNC PyInit__channel(void)
 	if (find_functions() < 0)
 		return NULL;
 	made = PyModule_Create(&module);
-	if (made && (PyModule_AddFunctions(made, grants_methods) < 0 ||
+	if (made && (PyModule_AddFunctions(made, grants_methods) < 0 || direct_add(made) < 0 ||
 		     PyModule_AddIntConstant(made, "sets_background", SETS_BACKGROUND) < 0))
 		Py_CLEAR(made);
 	return made;

@@ -25,6 +25,16 @@ int answer_here(int device, const void *request, size_t length);
 /* grants.c: answer an open or a release of an inode that has a grant; return whether it was one. */
 int answer_granted(int device, const void *request, size_t length);
 
+/* direct.c, all of it with the interpreter lock: return whether the request is answered, now or later; else it
+ * goes the usual way. */
+int direct_answer(int device, const void *request, size_t length);
+
+/* Return whether there is a request, or comes within *linger_ns*. Has the mover's answers taken meanwhile. */
+int direct_wait(int session_fd, long linger_ns);
+
+/* Add to the module what Python calls; return 0, or -1 with an exception set. */
+int direct_add(PyObject *module);
+
 /* receiver.c: as libfuse's, where a thread receives. */
 int receive_from_thread(struct fuse_session *session, struct fuse_buf *buffer);
 

@@ -61,17 +61,23 @@ class Namespace:
 
         Asks the lake only where neither a listing nor an earlier question is fresh.
         """
+        if (found := self.lookup_nowait(parent, name)) is not None:
+            return found
+        answer = await self._mover.ask(Lookup(parent, name))
+        _, entry = self._known(parent, name)
+        if not answer.value:
+            return None, self._freshness.remaining_s(self._clock(), self._clock())
+        return entry, entry.valid_s if entry is not None else 0.0
+
+    def lookup_nowait(self, parent: Inode, name: bytes) -> tuple[Entry | None, float] | None:
+        """Return what `lookup` does, or None where the lake is to be asked."""
         state, entry = self._known(parent, name)
         if entry is not None and entry.valid_s > 0:
             self._keep_fresh(parent, state)
             return entry, entry.valid_s
         if state is not None and (valid_s := self._remaining(state)) > 0:
             return entry, valid_s
-        answer = await self._mover.ask(Lookup(parent, name))
-        state, entry = self._known(parent, name)
-        if not answer.value:
-            return None, self._freshness.remaining_s(self._clock(), self._clock())
-        return entry, entry.valid_s if entry is not None else 0.0
+        return None
 
     def _known(self, parent: Inode, name: bytes) -> tuple[DirectoryState | None, Entry | None]:
         state = self._index.directory(parent)

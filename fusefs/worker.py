@@ -18,6 +18,7 @@ from cache.tier import TierFiles
 from fusefs import channel
 from fusefs.control import ControlDirectory
 from fusefs.control_operations import ControlOperations
+from fusefs.direct import DirectAnswers
 from fusefs.durability import Durability
 from fusefs.filesystem import Filesystem
 from fusefs.namespace import Namespace
@@ -101,6 +102,19 @@ def equip(
     return [filesystem.flush_used_regularly, writing.release_descriptors_regularly]
 
 
+def answer_directly(operations: ControlOperations, mover: SocketMoverClient, owner: tuple[int, int]) -> None:
+    """Have what waits for nothing answered without pyfuse3, where the channel extension is there."""
+    if channel.module() is not None:
+        DirectAnswers(
+            operations.filesystem,
+            operations.writing,
+            operations.control,
+            mover,
+            operations.counters,
+            owner,
+        ).start()
+
+
 async def run_worker(
     operations: ControlOperations,
     config: MountConfig,
@@ -126,6 +140,7 @@ async def run_worker(
             nursery.start_soon(mover.run)
             for task in equip(operations, config, index, tiers, mover, shared, row):
                 nursery.start_soon(task)
+            answer_directly(operations, mover, (config.uid, config.gid))
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
     finally:

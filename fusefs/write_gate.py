@@ -28,6 +28,11 @@ class WriteGate:
     def room_bytes(self) -> int:
         return max(0, self._budget.allowed_until - self._counters.total("bytes_written"))
 
+    @property
+    def is_open(self) -> bool:
+        """Return whether `enter` would neither wait nor have anything to say."""
+        return not self._is_held_up and self.room_bytes > 0
+
     async def enter(self) -> None:
         """Return when there is room. Raises SluiceError when the mover can't be asked."""
         while self.room_bytes == 0:

@@ -15,8 +15,8 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,8 +49,8 @@ from cache.messages import (
 )
 from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, Inode
 from cache.opens import Mode, OpenTable
-from cache.records import Node
-from cache.staging import StagingFiles
+from cache.records import Attributes, Node
+from cache.staging import StagingFiles, as_written, may_say
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
@@ -111,7 +111,7 @@ class Writing:
         self._staging = staging
         self._opens = opens
         self._passthrough = passthrough
-        self._passes_staged = passes_staged and passthrough is not None
+        self.passes_staged = passes_staged and passthrough is not None
         self._staging_device = os.stat(staging.directory).st_dev
         self._gate = gate
         self.durability = durability
@@ -132,19 +132,27 @@ class Writing:
         self, parent: Inode, name: bytes, mode: int, owner: Owner, flags: int, id: int
     ) -> tuple[int, Inode]:
         """Make a file; return a handle for it, and its inode. Raises NameExists with O_EXCL."""
-        _check_name(name)
-        gid = self._gid_below(parent, owner)
-        if self._passes_staged:
+        request = self.creation(parent, name, mode, owner)
+        if self.passes_staged:
             await self._gate.enter()
         try:
-            inode = await self.change(Create(parent, name, stat.S_IMODE(mode), owner.uid, gid), id)
+            inode = await self.change(request, id)
         except NameExists as error:
             if flags & os.O_EXCL:
                 raise
             # The kernel did not know the name: it looks again, and asks for the file's permissions.
             raise ObjectChanged("the name was taken just now") from error
+        return self.created(inode, id), inode
+
+    def creation(self, parent: Inode, name: bytes, mode: int, owner: Owner) -> Create:
+        """Return what makes a file, to be asked of the mover. Raises NameTooLong, ObjectMissing."""
+        _check_name(name)
+        return Create(parent, name, stat.S_IMODE(mode), owner.uid, self._gid_below(parent, owner))
+
+    def created(self, inode: Inode, id: int) -> int:
+        """Return the handle of a file that the mover has just made."""
         self._count_open(inode, writing=True, id=id)
-        return inode | WRITING_BIT, inode
+        return inode | WRITING_BIT
 
     async def make_node(
         self, parent: Inode, name: bytes, mode: int, rdev: int, owner: Owner, id: int
@@ -182,7 +190,7 @@ class Writing:
         """Return a handle; with O_TRUNC the file is empty then. Raises SluiceError."""
         cuts = bool(flags & os.O_TRUNC)
         writing = cuts or flags & os.O_ACCMODE != os.O_RDONLY
-        if writing and (self._passes_staged or self._is_passed_through(inode)):
+        if writing and (self.passes_staged or self._is_passed_through(inode)):
             await self._gate.enter()  # The kernel might send no write afterwards.
         self._count_open(inode, writing=writing, id=id)
         try:
@@ -225,7 +233,7 @@ class Writing:
         """
         access = flags & os.O_ACCMODE
         if node.staged:
-            return self._passes_staged and access != os.O_RDWR
+            return self.passes_staged and access != os.O_RDWR
         return access == os.O_RDONLY and node.size_bytes >= PASSTHROUGH_BYTES_MIN
 
     def _backing_file(self, inode: Inode, flags: int) -> int | None:
@@ -311,8 +319,8 @@ class Writing:
         node = self._index.node(inode)
         return self._passthrough is not None and node is not None and node.staged != 0
 
-    @asynccontextmanager
-    async def _counted(self, inode: Inode, id: int) -> AsyncIterator[None]:
+    @contextmanager
+    def _counted(self, inode: Inode, id: int) -> Iterator[None]:
         """Count as a writer. Should we die inside, the request comes again and sets the count right."""
         self._count_open(inode, writing=True, id=id)
         try:
@@ -339,6 +347,19 @@ class Writing:
         self._gate.wrote(written)
         return written
 
+    def write_nowait(self, handle: int, offset: int, body: bytes) -> bool:
+        """Write a few bytes; return False, with nothing done that counts, where that has to wait or fails."""
+        if offset + len(body) > OBJECT_BYTES_MAX or len(body) >= _THREAD_BYTES or not self._gate.is_open:
+            return False
+        number = self._node(inode_of(handle)).staged
+        if not number:
+            return False
+        with self._staging.held(number) as fd:
+            if _pwrite_all(fd, body, offset) < len(body):
+                return False
+        self._gate.wrote(len(body))
+        return True
+
     async def _staged(self, inode: Inode) -> int:
         """Return the number of the file's staging file, which it gets here if it has none."""
         return self._node(inode).staged or await self._stage(inode, -1)
@@ -350,7 +371,7 @@ class Writing:
         """truncate(2) and ftruncate(2). A file of that size already is not touched."""
         if size_bytes > OBJECT_BYTES_MAX:
             raise FileTooLarge(f"no object of a lake has more than {OBJECT_BYTES_MAX} bytes")
-        async with self._counted(inode, id):
+        with self._counted(inode, id):
             node = self._node(inode)
             if node.staged or node.size_bytes != size_bytes:
                 await self._cut(inode, size_bytes)
@@ -407,42 +428,41 @@ class Writing:
     async def set_attributes(self, request: SetAttributes, id: int) -> None:
         """chmod, chown, utimens. A staged file's times are those of its staging file."""
         inode = Inode(request.inode)
-        if self._is_of_staging_file_only(request):
-            async with self._counted(inode, id):
-                if self._set_while_written(request):
-                    return
+        if self.set_attributes_nowait(request):
+            return
         await self.change(request, id)
         if request.atime_ns is not None or request.mtime_ns is not None:
             _, staged = self._filesystem.settled(inode, self._node(inode))
             if staged is not None:
                 self._set_times(self._node(inode).staged, staged, request)
 
-    def _is_of_staging_file_only(self, request: SetAttributes) -> bool:
-        """Return whether somebody has the file open for writing, and nothing but its mtime is to change.
+    def set_attributes_nowait(self, request: SetAttributes) -> bool:
+        """Set a staging file's mtime and mode, and with them its ctime, where that is all there is to do.
 
-        tar(1) sets time and owner of each file that it has open: a message less for both.
+        It is while somebody has the file open for writing: it is sealed once he is gone, with what its
+        staging file says then. tar(1) sets time, owner and mode of each file that it has open: three
+        messages less. Returns False, with nothing done, else.
         """
         inode = Inode(request.inode)
         if request.atime_ns is not None or self._opens is None or not self._opens.state(inode).writers:
             return False
-        own = self._node(inode).attributes
-        if own is None:
-            return False
-        asked = ((request.mode, own.mode), (request.uid, own.uid), (request.gid, own.gid))
-        return all(new in (None, old) for new, old in asked)
+        with self._opens.held(inode) as held:  # No seal comes in between.
+            node = self._node(inode)
+            if not (held.state.writers and node.staged and node.attributes):
+                return False
+            with _staging_errors():
+                return self._set_while_written(node.staged, node.attributes, request)
 
-    def _set_while_written(self, request: SetAttributes) -> bool:
-        """Set the staging file's mtime, and with it its ctime; return whether that is all there is to do.
-
-        It is while another has the file open for writing, besides us: it is sealed once both are gone, with
-        the time that its staging file has then.
-        """
-        inode = Inode(request.inode)
-        number = self._node(inode).staged
-        if self._opens is None or self._opens.state(inode).writers < 2 or not number:
+    def _set_while_written(self, number: int, own: Attributes, request: SetAttributes) -> bool:
+        status = os.stat(self._staging.path(number))
+        own = as_written(own, status)
+        if request.uid not in (None, own.uid) or request.gid not in (None, own.gid):
             return False
-        with _staging_errors():
-            self._set_times(number, os.stat(self._staging.path(number)), request)
+        if request.mode is not None and request.mode != own.mode:
+            if not may_say(request.mode):
+                return False
+            self._staging.set_mode(number, request.mode)
+        self._set_times(number, status, request)
         return True
 
     def _set_times(self, number: int, now: os.stat_result, request: SetAttributes) -> None:
