@@ -18,12 +18,16 @@ from cache.counters import Counters
 from cache.messages import Answer
 from cache.model import CONTROL_NAME, ROOT_INODE
 from cache.records import DirectoryState
-from fusefs import direct
-from fusefs.control import CONTROL_BIT, ControlDirectory
-from fusefs.direct import CREATE, GETATTR, LOOKUP, RELEASE, SETATTR, WRITE, DirectAnswers
-from fusefs.filesystem import WRITING_BIT
-from tests.test_46_writing import Setting
-from tests.test_46_writing import setting as setting
+from fusefs import channel
+
+channel.load()  # Before pyfuse3 is imported, for tests of the channel in this process.
+
+from fusefs import direct  # noqa: E402
+from fusefs.control import CONTROL_BIT, ControlDirectory  # noqa: E402
+from fusefs.direct import CREATE, GETATTR, LOOKUP, RELEASE, SETATTR, WRITE, DirectAnswers  # noqa: E402
+from fusefs.filesystem import WRITING_BIT  # noqa: E402
+from tests.test_46_writing import Setting  # noqa: E402
+from tests.test_46_writing import setting as setting  # noqa: E402
 
 LATER = -1
 FOUND = struct.Struct("=QQQQIIQQQqqq10I")  # struct fuse_entry_out

@@ -83,3 +83,10 @@ def test_a_mode_set_while_the_file_is_open_is_in_force_at_once(mounting: Mountin
         os.fsync(file.fileno())
         assert mode_of(path) == 0o600
     assert mode_of(path) == 0o600 and path.read_bytes() == b"12"
+
+
+def test_status_says_whether_requests_are_answered_directly(mounting: Mounting, folder: Folder) -> None:
+    features = mounting.mount(folder.url, *OPTIONS).status()["features"]
+    assert features["direct_answers"]["on"] is features["granted_opens"]["on"]
+    single = mounting.mount(folder.url, *OPTIONS, "--workers=0").status()["features"]["direct_answers"]
+    assert single == {"on": False, "reason": "--workers 0"}
