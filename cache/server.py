@@ -91,7 +91,11 @@ class WorkerConnection:
                 nursery.cancel_scope.cancel()
 
     def _begin(self, asked: messages.Asked) -> None:
-        if not self._mover.begin_nowait(asked.request, asked.id, partial(self._put, asked.number)):
+        try:
+            is_begun = self._mover.begin_nowait(asked.request, asked.id, partial(self._put, asked.number))
+        except Exception:  # `_answer` meets it again, and tells the worker.
+            is_begun = False
+        if not is_begun:
             self._requests.start_soon(self._answer, asked)
 
     def _put(self, number: int, answer: messages.Answer) -> None:

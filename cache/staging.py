@@ -273,6 +273,8 @@ class FdCache:
         return fd
 
     def _shrink(self, keep: int = 0) -> None:
+        if len(self._fds) <= self._fds_max:
+            return
         for number in list(self._fds):
             if len(self._fds) <= self._fds_max:
                 return

@@ -63,6 +63,7 @@
 #define KEEP_ENTRIES (UINT64_C(1) << 61)
 #define ANSWERS_MAX 64	  /* In one go: then Python's other tasks have their turn. */
 #define HEADERS_BYTES 4096 /* Before the bytes of a WRITE; as libfuse has it. */
+#define TURN_NS 10000000L /* So long at most: a write may wait for the disk. */
 #define LINGER_NS 100000L /* A program takes less between two opens of small files. */
 
 typedef int receive_function(struct fuse_session *, struct fuse_buf *);
@@ -242,13 +243,24 @@ static int is_answered(struct fuse_session *session, const struct fuse_buf *buff
 	return direct_answer(device_of(fuse_session_fd(session)), buffer->mem, length);
 }
 
+static int64_t ns_since(const struct timespec *began)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)(now.tv_sec - began->tv_sec) * 1000000000 + now.tv_nsec - began->tv_nsec;
+}
+
 /* Waking Python for the next request would take longer than to answer it: it is waited for a moment. */
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buffer)
 {
 	int result = receive(session, buffer);
+	struct timespec began;
 
+	clock_gettime(CLOCK_MONOTONIC, &began);
 	for (int answers = 1; result > 0 && is_answered(session, buffer, (size_t)result); answers++) {
-		if (answers == ANSWERS_MAX || !direct_wait(fuse_session_fd(session), LINGER_NS))
+		if (answers == ANSWERS_MAX || ns_since(&began) > TURN_NS ||
+		    !direct_wait(fuse_session_fd(session), LINGER_NS))
 			return -EINTR;
 		result = receive(session, buffer);
 	}

@@ -235,3 +235,10 @@ class DirectAnswers:
         except Exception:  # Not the usual way: what is counted already is not to be counted twice.
             log.exception("a file is closed, and stays counted as open")
         return _DONE
+
+
+def feature(*, is_on: bool) -> dict[str, object]:
+    """Return what `status` says of it. *is_on*: the channel extension is there, and so are workers."""
+    if is_on:
+        return {"on": True, "reason": "requests that wait for nothing are answered where they are received"}
+    return {"on": False, "reason": channel.load() or "--workers 0"}

@@ -13,7 +13,7 @@ import pyfuse3
 from cache.config import MountConfig
 from cache.counters import ShownDirectories
 from cache.model import NAME_BYTES_MAX, Inode
-from fusefs import grants
+from fusefs import direct, grants
 from fusefs.changing import ChangingOperations
 from fusefs.channel import last_unique, pass_through
 from fusefs.guarding import guarded
@@ -42,6 +42,7 @@ class Operations(ChangingOperations):
         """Do as was chosen once the kernel had answered, before the first request."""
         self.no_open = bool(shared.features["no_open"]["on"])
         shared.features["granted_opens"] = grants.feature(shared.grants, no_open=self.no_open)
+        shared.features["direct_answers"] = direct.feature(is_on=shared.grants is not None)
         if shared.features["passthrough"]["on"]:
             self.passthrough = Passthrough(shared.opens, device)
 
