@@ -57,7 +57,7 @@ class Kernel:
         control = ControlDirectory(mover, read_only=False)
         self.counters = Counters(2)
         self.answers = DirectAnswers(
-            setting.filesystem, setting.writing, control, mover, self.counters.row(1), (7, 8), creates=True
+            setting.filesystem, setting.writing, control, mover, self.counters.row(1), (7, 8)
         )
 
     def reply(self, unique: int, result: Any) -> bool:
