@@ -17,6 +17,9 @@ from cache.index import remove_index
 
 FORMAT = "sluicefs-cache 2"  # 1 had blocks of 128 KiB.
 _POWER_LOST = "power-lost"  # A file, there from a power loss until its recovery was finished.
+_UNPROVEN = (
+    "unproven"  # A file, there until the lake has answered once: another may take its place till then.
+)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -31,6 +34,16 @@ class CacheStore:
     def release(self) -> None:
         for fd in self.lock_fds:
             os.close(fd)
+
+    def note_lake_answered(self) -> None:
+        """Keep the directories for their lake from now on. Raises UsageError."""
+        for directory in self.directories:
+            try:
+                if (directory / _UNPROVEN).exists():
+                    (directory / _UNPROVEN).unlink()
+                    _sync_directory(directory)
+            except OSError as error:
+                raise UsageError(f"--cache {directory}: {_mend(error)}") from error
 
     def mark_clean(self) -> None:
         """Note that all was synced, so that the index may be trusted after the next boot too."""
@@ -122,7 +135,8 @@ def forget_power_loss(directory: Path) -> None:
 def _lock(directory: Path) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        ours = {"lock", "log", "lost+found", "format.new"}  # There before `format` is.
+        # There before `format` is.
+        ours = {"lock", "log", "lost+found", "format.new", _UNPROVEN, f"{_UNPROVEN}.new"}
         if not (directory / "format").exists() and not ours.issuperset(os.listdir(directory)):
             raise UsageError(
                 f"--cache {directory}: holds files that are no SluiceFS cache; name an empty directory"
@@ -160,8 +174,9 @@ def _check_formats(directories: list[Path], lake: str) -> str:
         )
     identity = known.pop() if known else secrets.token_hex(8)
     for directory, text in zip(directories, texts, strict=True):
-        if text is None:
+        if text is None or (text[2] != lake and (directory / _UNPROVEN).exists()):
             try:
+                write_synced(directory / _UNPROVEN, "")
                 write_synced(directory / "format", f"{FORMAT}\n{identity}\n{lake}\n")
             except OSError as error:
                 raise UsageError(f"--cache {directory}: {_mend(error)}") from error

@@ -44,6 +44,7 @@ def run(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, config, nursery.cancel_scope)
             await mover.check_lake()
+            store.note_lake_answered()
             await _serve_session(config, plans, mover, shared, announce)
             nursery.cancel_scope.cancel()
 

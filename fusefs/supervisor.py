@@ -106,6 +106,7 @@ def _run(mount: Mount, announce: Callable[[], None]) -> int:
     try:
         mover.pid = _start_first_mover(mount)
         mover.started_s = time.monotonic()
+        mount.store.note_lake_answered()
         operations = _mount_and_shake_hands(mount)
         workers = 1 if NO_CHANNEL is not None else max(1, mount.config.workers)
         mount.children = [

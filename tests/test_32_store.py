@@ -109,14 +109,25 @@ def test_an_unknown_format_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_cache_serves_one_lake(tmp_path: Path) -> None:
-    with opened(tmp_path / "c"):
-        pass
+    with opened(tmp_path / "c") as held:
+        held.note_lake_answered()
     other = LakeConfig("s3://other")
     with pytest.raises(UsageError, match=r"holds the cache of .*bucket/prefix.*, not of .*s3://other"):
         open_store(config_of(tmp_path / "c", lake=other))
     endpoint = LakeConfig(LAKE.url, endpoint_url="http://127.0.0.1:1")
     with pytest.raises(UsageError, match="holds the cache of"):
         open_store(config_of(tmp_path / "c", lake=endpoint))
+
+
+def test_a_lake_that_never_answered_has_no_cache(tmp_path: Path) -> None:
+    with opened(tmp_path / "c", lake=LakeConfig("s3://mistyped")) as held:
+        first = held.id
+    with opened(tmp_path / "c", tmp_path / "d") as held:
+        assert held.id == first, "what was made for it is used on"
+        held.note_lake_answered()
+    for directory in (tmp_path / "c", tmp_path / "d"):
+        with pytest.raises(UsageError, match="holds the cache of"):
+            open_store(config_of(directory, lake=LakeConfig("s3://mistyped")))
 
 
 def test_directories_used_together_share_an_id_and_new_ones_may_join(tmp_path: Path) -> None:

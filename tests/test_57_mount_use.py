@@ -27,7 +27,7 @@ from tests.mounting import (
     sluice,
     until,
 )
-from tools.mounted import sluice_command
+from tools.mounted import MountFailed, sluice_command
 
 OPTIONS = ("--dram=0", "--keep-free=0", "--workers=2")
 
@@ -175,6 +175,21 @@ def test_mount_returns_only_when_the_mount_answers(mounting: Mounting, memory_s3
     assert os.path.ismount(mount.directory)
     assert mount.read("file") == b"content"
     assert len(mount.pids()["workers"]) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_after_a_mistyped_lake_the_same_cache_directory_serves_the_right_one(
+    mounting: Mounting, memory_s3: MemoryS3, workers: int
+) -> None:
+    memory_s3.put("file", b"content")
+    options = (f"--endpoint-url={memory_s3.endpoint_url}", "--retry=0.2", f"--workers={workers}")
+    with pytest.raises(MountFailed, match="no such bucket"):
+        mounting.mount(f"{memory_s3.url}-mistyped", *options, name="m")
+    mount = mounting.mount(memory_s3.url, *options, name="m")
+    assert mount.read("file") == b"content"
+    mount.unmount()
+    with pytest.raises(MountFailed, match="holds the cache of"):
+        mounting.mount(f"{memory_s3.url}-mistyped", *options, name="m")
 
 
 def test_the_daemon_has_let_go_of_terminal_and_directory(mount: LiveMount) -> None:
