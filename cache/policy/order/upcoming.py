@@ -49,13 +49,17 @@ class Fallback(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Order:
-    """An order that is believed: how far it is, what it is called, and what the next one follows from."""
+    """An order that is believed: how far it is, what it is called, and what the next one follows from.
+
+    *is_guess*: it is the likeliest of several, and no opens have confirmed it yet.
+    """
 
     following: Following
     name: str
     spec: Spec | None = None
     listing: Listing | None = None
     told: ToldSampler | None = None
+    is_guess: bool = False
 
 
 class _Rate:
@@ -138,6 +142,9 @@ class OrderedUpcoming:
             self._order.following.note_open(place)
             if not self._order.following.holds:
                 self._drop()
+            elif self._order.is_guess and self._order.following.is_confirmed:
+                self._order.is_guess = False
+                self._know(self._order)
         elif self._finder is not None and not self._is_searching:
             self._find(self._finder)
 
@@ -177,7 +184,8 @@ class OrderedUpcoming:
             self._next.appendleft(place)
 
     def due(self, place: int) -> int | None:
-        return None if self._order is None else self._use_of(self._order, place, self._passes)
+        order = self._order
+        return None if order is None or order.is_guess else self._use_of(order, place, self._passes)
 
     def due_later(self, place: int) -> int | None:
         return None if self._then is None else self._use_of(self._then, place, self._passes + 1)
@@ -267,13 +275,17 @@ class OrderedUpcoming:
 
     def _believe(self, order: Order | None) -> None:
         self._order, self._then = order, None
-        self.changes += 1
-        self.name = "unknown" if order is None else order.name
-        self.is_known = order is not None
+        self._know(order)
         self._next.clear()
         self._is_exhausted = False
         if order is not None:
             self._look_further(order)
+
+    def _know(self, order: Order | None) -> None:
+        """Say what is known by now. A guess says which file to fetch next, and not what may leave for it."""
+        self.changes += 1
+        self.is_known = order is not None and not order.is_guess
+        self.name = order.name if order is not None and self.is_known else "unknown"
 
 
 def _successors(order: Order | None) -> list[Spec]:
@@ -288,7 +300,8 @@ def succeed(order: Order, spec: Spec) -> Order:
     if order.told is not None:
         files = _dealt(files, order.told)
     following = order.following.then(files, grace=GRACE_NEXT)
-    return Order(following, str(spec), spec, order.listing, order.told)
+    is_guess = order.spec is None or len(order.spec.successors()) > 1
+    return Order(following, str(spec), spec, order.listing, order.told, is_guess)
 
 
 def order_of_places(places: Places, count: int, name: str = "told") -> Order:
