@@ -442,6 +442,27 @@ def test_of_several_next_orders_none_says_what_may_leave_before_opens_confirm_it
     assert upcoming.is_known and upcoming.due(order[100]) == 5100
 
 
+def test_an_order_that_nobody_finds_is_looked_for_ever_less_often_and_found_all_the_same() -> None:
+    looks: list[int] = []
+
+    def search(work: Callable[[], Order | None], then: Callable[[Order | None], None]) -> None:
+        looks.append(epoch)
+        then(work())
+
+    upcoming = upcoming_of(200, search)
+    for epoch in range(40):
+        if epoch:
+            upcoming.epoch_began(epoch + 1)
+        for place in random.Random(f"nobody knows {epoch}").sample(range(200), 200):
+            upcoming.used(place, 0.0)
+    assert sorted(set(looks)) == [0, 1, 2, 4, 8, 16, 32]
+    for epoch in range(40, 49):
+        upcoming.epoch_began(epoch + 1)
+        for place in Spec("torch", 3, epoch, "repeat").order(200).tolist():
+            upcoming.used(place, 0.0)
+        assert upcoming.is_known == (epoch >= 48)
+
+
 def test_an_order_that_stops_holding_is_dropped_and_not_found_again_in_this_epoch() -> None:
     order = Spec("torch", 3).order(5000).tolist()
     other = np.random.default_rng(10**12).permutation(5000).tolist()

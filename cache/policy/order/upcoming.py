@@ -28,6 +28,10 @@ T = TypeVar("T")
 Search = Callable[[Callable[[], T], Callable[[T], None]], None]
 
 GRACE_NEXT = 32  # Opens before an order that follows from the last epoch's is doubted.
+# An order that nobody found in so many epochs comes from a seed that nobody knows: it is looked for in every
+# second epoch, then every fourth, up to this, since each search is up to 0.2 s of a thread's work.
+_FRUITLESS = 2
+_LOOK_EVERY_MAX = 16
 _OPENS_KEPT_MAX = 4096  # Of an epoch, for an order that is found meanwhile.
 _BATCH = 64
 # Files fetched and not used yet: what is read while one is fetched, and as much again, since
@@ -119,6 +123,7 @@ class OrderedUpcoming:
         self._opened: list[int] = []
         self._finder: Finder | None = Finder(count, get_paths)
         self._is_searching = False
+        self._fruitless = 0  # Epochs on end of which all looks for the order were in vain.
         self._passes = 0
         self._next: deque[int] = deque()
         self._ahead: set[int] = set()
@@ -152,18 +157,32 @@ class OrderedUpcoming:
         """Another pass has begun. Its order is expected to follow from the last one's."""
         self._fallback.epoch_began(epoch)
         order, then = self._order, self._then
+        self._note_looks()
         self._believe(None)
         self._ahead.clear()
         self._passes += 1
         self._opened = []
         expected = _successors(order)
-        self._finder = Finder(self._count, self._get_paths, expected)
+        is_looked_for = bool(expected) or self._passes % self._look_every == 0
+        self._finder = Finder(self._count, self._get_paths, expected) if is_looked_for else None
         self._is_searching = False
         if order is not None and then is not None:
             then.following.take_over(order.following)
             self._believe(then)
         elif order is not None and expected:
             self._start(lambda: succeed(order, expected[0]))
+
+    def _note_looks(self) -> None:
+        """Count epochs whose order was looked for in vain, at the end of each."""
+        if self._order is not None:
+            self._fruitless = 0
+        elif self._finder is not None and len(self._opened) >= min(OPENS_MAX, self._count // 2):
+            self._fruitless += 1
+
+    @property
+    def _look_every(self) -> int:
+        """Return in every how many epochs the order is looked for."""
+        return int(min(_LOOK_EVERY_MAX, 2 ** max(0, self._fruitless - _FRUITLESS + 1)))
 
     def next_place(self, status: bytearray, frontier: int | None) -> int | None:
         """Return the place to fetch next, of those whose *status* is 0; None: nothing now."""
