@@ -201,6 +201,8 @@ class SetReadAhead:
             if place is not None:
                 if number:
                     self._sets.insert(0, self._sets.pop(number))
+                if followed.samples.is_late(now_s):
+                    return self._used_late(followed, inode, place)
                 if followed.samples.used(place, now_s):
                     followed.epoch_began()
                     self._epoch_began(followed)
@@ -216,6 +218,12 @@ class SetReadAhead:
             if len(self._access) > _STRANGE_ACCESSES_MAX:
                 self._access.popitem(last=False)
         self._used_stranger(inode, now_s)
+
+    def _used_late(self, followed: Followed, inode: Inode, place: int) -> None:
+        """A use of the last epoch was told now: the tiers take the member for used in this one."""
+        vid = self._keeping.resident(inode)
+        if vid is not None and not followed.samples.is_used(place):
+            self._keeping.expect(followed.samples, place, vid)
 
     def _used_stranger(self, inode: Inode, now_s: float) -> None:
         node = self._index.node(inode)

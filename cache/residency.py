@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 DRAM_SHARE_MAX = 2  # An object over half of the DRAM tier lands on NVMe.
 _EVICT_BYTES_MIN = 8 * MIB  # Evicted at once when room is short, to have some for the next,
-_EVICT_SHARE_MAX = 256  # but no more than this part of the tier.
+_EVICT_SHARE_MAX = 1024  # but no more than this part of the tier.
 _DRAM_KEPT_SHARE = 8  # `keep_dram_room` keeps so much of the DRAM tier free.
 # Of a disk, read-ahead of sets leaves two such steps to demand, rounded up to whole items: what
 # makes room for a miss then pushes out nothing that an epoch still needs.

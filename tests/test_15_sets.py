@@ -296,6 +296,25 @@ def test_epochs_of_which_the_page_cache_answers_most_are_counted(dice: random.Ra
         watcher.watch(seen[len(seen) // 2 :])
 
 
+def test_uses_of_the_last_epoch_that_are_told_late_are_none_of_the_next(dice: random.Random) -> None:
+    samples = SampleSet(1, Members(range(2, 402), 400 * SIZE), ListingOrder(), deep=False)
+    first, second = shuffled(range(400), dice), shuffled(range(400), dice)
+    late = [place for place in first[-60:] if place not in second[:40]]
+    for number, place in enumerate(first):
+        if place not in late:
+            samples.used(place, 100 + number * 0.001)
+    for number, place in enumerate(second[:40]):
+        samples.used(place, 101 + number * 0.001)
+    assert samples.epoch == 2
+    used = samples.used_count
+    for number, place in enumerate(late):
+        samples.used(place, 100.9 + number * 0.001)
+    assert samples.is_late(100.9) and not samples.is_late(101) and used == samples.used_count
+    assert not any(samples.is_used(place) for place in late)
+    samples.used(late[0], 50.0)  # The clock was set back.
+    assert samples.is_used(late[0])
+
+
 def test_training_and_validation_alternate(dice: random.Random) -> None:
     tree = Tree()
     top = tree.directory(entries=2)

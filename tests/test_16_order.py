@@ -411,6 +411,7 @@ def test_the_next_epochs_follow_from_the_first(advance: str) -> None:
     for epoch in range(4):
         if epoch:
             upcoming.epoch_began(epoch + 1)
+        assert upcoming.is_known == (epoch >= 2)  # Then from the first moment on, without a search.
         order = Spec("torch", 11, epoch, advance).order(5000).tolist()
         for place in order[:300]:
             upcoming.used(place, 0.0)
@@ -419,9 +420,47 @@ def test_the_next_epochs_follow_from_the_first(advance: str) -> None:
         for place in order[:300]:
             status[place] = 1
         assert taken(upcoming, status, 10) == order[300:310]
-        if epoch >= 2:
+
+
+@pytest.mark.parametrize("advance", ["reseed", "repeat"])
+def test_of_several_next_orders_none_says_what_may_leave_before_opens_confirm_it(advance: str) -> None:
+    upcoming = upcoming_of(5000)
+    for place in Spec("torch", 11).order(5000).tolist():
+        upcoming.used(place, 0.0)
+    upcoming.epoch_began(2)
+    order = Spec("torch", 11, 1, advance).order(5000).tolist()
+    likeliest = Spec("torch", 11, 1, "reseed").order(5000).tolist()
+    for place in order[:16]:
+        upcoming.used(place, 0.0)
+        assert (upcoming.is_known, upcoming.name, upcoming.due(order[100])) == (False, "unknown", None)
+    status = bytearray(5000)
+    for place in order[:16]:
+        status[place] = 1
+    assert (taken(upcoming, status, 1) == likeliest[16:17]) == (advance == "reseed")
+    for place in order[16:64]:
+        upcoming.used(place, 0.0)
+    assert upcoming.is_known and upcoming.due(order[100]) == 5100
+
+
+def test_an_order_that_nobody_finds_is_looked_for_ever_less_often_and_found_all_the_same() -> None:
+    looks: list[int] = []
+
+    def search(work: Callable[[], Order | None], then: Callable[[Order | None], None]) -> None:
+        looks.append(epoch)
+        then(work())
+
+    upcoming = upcoming_of(200, search)
+    for epoch in range(40):
+        if epoch:
             upcoming.epoch_began(epoch + 1)
-            assert upcoming.is_known  # From the first moment on, without a search.
+        for place in random.Random(f"nobody knows {epoch}").sample(range(200), 200):
+            upcoming.used(place, 0.0)
+    assert sorted(set(looks)) == [0, 1, 2, 4, 8, 16, 32]
+    for epoch in range(40, 49):
+        upcoming.epoch_began(epoch + 1)
+        for place in Spec("torch", 3, epoch, "repeat").order(200).tolist():
+            upcoming.used(place, 0.0)
+        assert upcoming.is_known == (epoch >= 48)
 
 
 def test_an_order_that_stops_holding_is_dropped_and_not_found_again_in_this_epoch() -> None:

@@ -16,6 +16,8 @@ from trio.testing import wait_all_tasks_blocked
 from cache.ahead import SetReadAhead
 from cache.errors import LakeUnavailable, SlowDown
 from cache.model import KIB, MIB, ROOT_INODE, Inode, ObjectVersion
+from cache.policy.due import SOME_TIME
+from cache.policy.eviction import ItemId
 from cache.policy.ledger import Account, Ledger
 from cache.policy.parallel import Parallelism
 from cache.policy.sets import ListingOrder, MakeUpcoming
@@ -280,6 +282,25 @@ async def test_of_a_set_larger_than_the_tiers_each_epoch_fetches_what_does_not_f
         assert all(each <= optimum * most for each in fetched[1:]), (fetched, optimum)
         assert reader.only["wasted_bytes"] <= 0.02 * sum(fetched) * size
         assert reader.only["used_ahead_bytes"] > count * size
+
+
+async def test_a_use_of_the_last_epoch_that_is_told_late_costs_no_member_its_rank(tmp_path: Path) -> None:
+    async with reading(tmp_path, lake_of(200)) as reader:
+        files = await reader.folder()
+        first, second = shuffled(files, 1), shuffled(files, 2)
+        await reader.read_all(first)
+        reader.now_s += 1
+        await reader.read_all(second[:40])
+        await reader.settled()
+        (tier,) = reader.cache.residency.tiers
+        late = [inode for inode in first[-30:] if inode not in second[:40]]
+        reader.now_s -= 0.2
+        for inode in late:
+            reader.cache.residency.used([reader.version(inode).id], reader.now_s)  # As the mover does.
+            reader.ahead.used(inode, reader.now_s)
+        assert reader.only["epoch"] == 2 and reader.only["used_share"] <= 0.21
+        told = [tier.policy.next_of(ItemId(reader.version(inode).id)) for inode in late]
+        assert told == [SOME_TIME] * len(late)
 
 
 async def test_what_an_epoch_still_needs_stays_when_it_moves_down_a_tier(tmp_path: Path) -> None:

@@ -293,14 +293,14 @@ class EpochPolicy:
             return
         if item in self._recent:
             self._recent.move_to_end(item)
-        elif (size_bytes := self.size_of(item)) is not None:
-            again = item in self._used or item in self._again
-            self._take_out(item)
-            self._use(item, size_bytes, again=again)
-            if len(self._again) > max(self._AGAIN_MIN, len(self) // self._AGAIN_SHARE):
-                self.epoch_began()
         else:
-            return
+            again = item in self._used or item in self._again
+            if (size_bytes := self._take_out(item)) is None:
+                return
+            self._use(item, size_bytes, again=again)
+            gathered = len(self._again)
+            if gathered > self._AGAIN_MIN and gathered > len(self) // self._AGAIN_SHARE:
+                self.epoch_began()
         self._gone_unused = 0
 
     def epoch_began(self) -> None:
@@ -465,7 +465,8 @@ class EpochPolicy:
         self._recent.put(item, size_bytes)
         if again:
             self._recent_again.add(item)
-        while len(self._recent) > max(1, min(self._RECENT_MAX, len(self) // self._RECENT_SHARE)):
+        recent_max = max(1, min(self._RECENT_MAX, len(self) // self._RECENT_SHARE))
+        while len(self._recent) > recent_max:
             self._pass_on(next(iter(self._recent)))
 
     def _pass_on(self, item: ItemId) -> None:

@@ -153,6 +153,7 @@ _AGAIN_SHARE = 4
 _NEARLY_ALL, _SOME = 0.9, 0.1  # Shares of the set.
 _AGAIN_AT_THE_END = 16  # More than a sampler pads.
 _AGAIN_AT_ONCE_MIN = 8
+_LATE_S = 1.0  # A hit is told of up to so late. What is older came by a clock that was set back.
 _IN_A_SCAN = (1, 2)  # Steps from a recent place: labels or images may be skipped in between.
 
 
@@ -187,6 +188,8 @@ class SampleSet:
         self._near: deque[int] = deque(maxlen=near)
         self._follows = self._repeats = 0  # A bit for each of the last uses, the newest lowest.
         self._first_uses = self._uses = 0
+        self._repeated_at_s: deque[float] = deque([0.0], maxlen=_WINDOW)  # The last ones, at least one.
+        self._began_s = 0.0  # When the first use was seen that showed this epoch; 0 in the first one.
         self._ahead_count = self._ahead_used = 0
 
     def __repr__(self) -> str:
@@ -195,9 +198,12 @@ class SampleSet:
     # Uses
 
     def used(self, place: int, now_s: float) -> bool:
-        """Note a use of a member; return whether it showed that a new epoch has begun."""
+        """Note a use of a member; return whether it showed that a new epoch has begun.
+
+        Nothing is noted of a late one (`is_late`).
+        """
         self.last_used_s = max(self.last_used_s, now_s)
-        if place in self._recent:
+        if place in self._recent or self.is_late(now_s):
             return False
         self._recent.append(place)
         self._uses += 1
@@ -210,6 +216,10 @@ class SampleSet:
             self.epoch = 1
             return True
         return False
+
+    def is_late(self, now_s: float) -> bool:
+        """Return whether a use at *now_s* was one of the last epoch: this one's use is still to come."""
+        return self._began_s - _LATE_S <= now_s < self._began_s
 
     def announce(self, now_s: float) -> None:
         """Somebody told that the first epoch is about to begin."""
@@ -229,6 +239,7 @@ class SampleSet:
         self.upcoming.used(place, now_s)
 
     def _used_again(self, place: int, now_s: float) -> bool:
+        self._repeated_at_s.append(now_s)
         if not self._again[place]:
             self._again[place] = 1
             self._again_count += 1
@@ -255,6 +266,8 @@ class SampleSet:
 
     def _begin_epoch(self, now_s: float) -> None:
         """Start the next epoch with what was used again as its first uses."""
+        at_once = max(1, self._repeats.bit_count())
+        self._began_s = min(list(self._repeated_at_s)[-at_once:])
         if self.pattern is not Pattern.REUSED:
             self._repeats = 0
         self._used, self._again = self._again, bytearray(len(self.members))
@@ -369,6 +382,7 @@ class SampleSet:
             if new_place is not None:
                 successor._used_first(new_place, now_s)
         successor.epoch, successor.last_used_s = self.epoch, self.last_used_s
+        successor._began_s = self._began_s
         successor._follows, successor._repeats = self._follows, self._repeats
         successor._first_uses, successor._uses = self._first_uses, self._uses
         return successor

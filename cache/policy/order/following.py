@@ -53,6 +53,11 @@ class Following:
         return self._verdicts.bit_count() >= _EXPECTED_MIN
 
     @property
+    def is_confirmed(self) -> bool:
+        """Return whether enough opens were judged, and spoke for the order."""
+        return self.holds and self._opens >= self._doubted_from + _JUDGED
+
+    @property
     def opens(self) -> int:
         """Return how many of the order's files have been opened."""
         return self._opens

@@ -28,6 +28,10 @@ T = TypeVar("T")
 Search = Callable[[Callable[[], T], Callable[[T], None]], None]
 
 GRACE_NEXT = 32  # Opens before an order that follows from the last epoch's is doubted.
+# An order that nobody found in so many epochs comes from a seed that nobody knows: it is looked for in every
+# second epoch, then every fourth, up to this, since each search is up to 0.2 s of a thread's work.
+_FRUITLESS = 2
+_LOOK_EVERY_MAX = 16
 _OPENS_KEPT_MAX = 4096  # Of an epoch, for an order that is found meanwhile.
 _BATCH = 64
 # Files fetched and not used yet: what is read while one is fetched, and as much again, since
@@ -49,13 +53,17 @@ class Fallback(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Order:
-    """An order that is believed: how far it is, what it is called, and what the next one follows from."""
+    """An order that is believed: how far it is, what it is called, and what the next one follows from.
+
+    *is_guess*: it is the likeliest of several, and no opens have confirmed it yet.
+    """
 
     following: Following
     name: str
     spec: Spec | None = None
     listing: Listing | None = None
     told: ToldSampler | None = None
+    is_guess: bool = False
 
 
 class _Rate:
@@ -115,6 +123,7 @@ class OrderedUpcoming:
         self._opened: list[int] = []
         self._finder: Finder | None = Finder(count, get_paths)
         self._is_searching = False
+        self._fruitless = 0  # Epochs on end of which all looks for the order were in vain.
         self._passes = 0
         self._next: deque[int] = deque()
         self._ahead: set[int] = set()
@@ -138,6 +147,9 @@ class OrderedUpcoming:
             self._order.following.note_open(place)
             if not self._order.following.holds:
                 self._drop()
+            elif self._order.is_guess and self._order.following.is_confirmed:
+                self._order.is_guess = False
+                self._know(self._order)
         elif self._finder is not None and not self._is_searching:
             self._find(self._finder)
 
@@ -145,18 +157,32 @@ class OrderedUpcoming:
         """Another pass has begun. Its order is expected to follow from the last one's."""
         self._fallback.epoch_began(epoch)
         order, then = self._order, self._then
+        self._note_looks()
         self._believe(None)
         self._ahead.clear()
         self._passes += 1
         self._opened = []
         expected = _successors(order)
-        self._finder = Finder(self._count, self._get_paths, expected)
+        is_looked_for = bool(expected) or self._passes % self._look_every == 0
+        self._finder = Finder(self._count, self._get_paths, expected) if is_looked_for else None
         self._is_searching = False
         if order is not None and then is not None:
             then.following.take_over(order.following)
             self._believe(then)
         elif order is not None and expected:
             self._start(lambda: succeed(order, expected[0]))
+
+    def _note_looks(self) -> None:
+        """Count epochs whose order was looked for in vain, at the end of each."""
+        if self._order is not None:
+            self._fruitless = 0
+        elif self._finder is not None and len(self._opened) >= min(OPENS_MAX, self._count // 2):
+            self._fruitless += 1
+
+    @property
+    def _look_every(self) -> int:
+        """Return in every how many epochs the order is looked for."""
+        return int(min(_LOOK_EVERY_MAX, 2 ** max(0, self._fruitless - _FRUITLESS + 1)))
 
     def next_place(self, status: bytearray, frontier: int | None) -> int | None:
         """Return the place to fetch next, of those whose *status* is 0; None: nothing now."""
@@ -177,7 +203,8 @@ class OrderedUpcoming:
             self._next.appendleft(place)
 
     def due(self, place: int) -> int | None:
-        return None if self._order is None else self._use_of(self._order, place, self._passes)
+        order = self._order
+        return None if order is None or order.is_guess else self._use_of(order, place, self._passes)
 
     def due_later(self, place: int) -> int | None:
         return None if self._then is None else self._use_of(self._then, place, self._passes + 1)
@@ -267,13 +294,17 @@ class OrderedUpcoming:
 
     def _believe(self, order: Order | None) -> None:
         self._order, self._then = order, None
-        self.changes += 1
-        self.name = "unknown" if order is None else order.name
-        self.is_known = order is not None
+        self._know(order)
         self._next.clear()
         self._is_exhausted = False
         if order is not None:
             self._look_further(order)
+
+    def _know(self, order: Order | None) -> None:
+        """Say what is known by now. A guess says which file to fetch next, and not what may leave for it."""
+        self.changes += 1
+        self.is_known = order is not None and not order.is_guess
+        self.name = order.name if order is not None and self.is_known else "unknown"
 
 
 def _successors(order: Order | None) -> list[Spec]:
@@ -288,7 +319,8 @@ def succeed(order: Order, spec: Spec) -> Order:
     if order.told is not None:
         files = _dealt(files, order.told)
     following = order.following.then(files, grace=GRACE_NEXT)
-    return Order(following, str(spec), spec, order.listing, order.told)
+    is_guess = order.spec is None or len(order.spec.successors()) > 1
+    return Order(following, str(spec), spec, order.listing, order.told, is_guess)
 
 
 def order_of_places(places: Places, count: int, name: str = "told") -> Order:
