@@ -11,7 +11,6 @@ verb that writes either has a handle for writing, or counts itself as one (`_cou
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import stat
@@ -32,7 +31,6 @@ from cache.errors import (
     NotSupported,
     ObjectChanged,
     ObjectMissing,
-    StagingFull,
 )
 from cache.index import Index
 from cache.messages import (
@@ -54,6 +52,7 @@ from cache.staging import StagingFiles, as_written, may_say
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
+from fusefs.staged_io import pwrite_all, staging_errors, sync_bytes
 from fusefs.write_gate import WriteGate
 
 log = logging.getLogger(__name__)
@@ -341,9 +340,9 @@ class Writing:
         number = await self._staged(inode_of(handle))
         with self._staging.held(number) as fd:
             if len(body) < _THREAD_BYTES:
-                written = _pwrite_all(fd, body, offset)
+                written = pwrite_all(fd, body, offset)
             else:
-                written = await trio.to_thread.run_sync(_pwrite_all, fd, body, offset)
+                written = await trio.to_thread.run_sync(pwrite_all, fd, body, offset)
         self._gate.wrote(written)
         return written
 
@@ -355,7 +354,7 @@ class Writing:
         if not number:
             return False
         with self._staging.held(number) as fd:
-            if _pwrite_all(fd, body, offset) < len(body):
+            if pwrite_all(fd, body, offset) < len(body):
                 return False
         self._gate.wrote(len(body))
         return True
@@ -381,7 +380,7 @@ class Writing:
         node = self._node(inode)  # Of a staged file its size is not the one that the file has now.
         kept_bytes = size_bytes if node.staged else min(size_bytes, node.size_bytes)
         number = await self._stage(inode, kept_bytes)
-        with self._staging.held(number) as fd, _staging_errors():
+        with self._staging.held(number) as fd, staging_errors():
             if os.fstat(fd).st_size - size_bytes < _CUT_IN_THREAD_BYTES:
                 os.ftruncate(fd, size_bytes)
             else:
@@ -409,7 +408,7 @@ class Writing:
                 break
             try:
                 with self._staging.held(number) as fd:
-                    length = await trio.to_thread.run_sync(_sync_bytes, fd)
+                    length = await trio.to_thread.run_sync(sync_bytes, fd)
                 break
             except CacheError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
@@ -450,7 +449,7 @@ class Writing:
             node = self._node(inode)
             if not (held.state.writers and node.staged and node.attributes):
                 return False
-            with _staging_errors():
+            with staging_errors():
                 return self._set_while_written(node.staged, node.attributes, request)
 
     def _set_while_written(self, number: int, own: Attributes, request: SetAttributes) -> bool:
@@ -468,7 +467,7 @@ class Writing:
     def _set_times(self, number: int, now: os.stat_result, request: SetAttributes) -> None:
         atime_ns = now.st_atime_ns if request.atime_ns is None else request.atime_ns
         mtime_ns = now.st_mtime_ns if request.mtime_ns is None else request.mtime_ns
-        with _staging_errors(), contextlib.suppress(FileNotFoundError):  # The lake has it by now.
+        with staging_errors(), contextlib.suppress(FileNotFoundError):  # The lake has it by now.
             os.utime(self._staging.path(number), ns=(atime_ns, mtime_ns))
 
     def xattr(self, inode: Inode, name: bytes) -> bytes:
@@ -494,7 +493,7 @@ class Writing:
 
     def room(self) -> Room:
         """Return what df(1) shows. Raises CacheError."""
-        with _staging_errors():
+        with staging_errors():
             disk = os.statvfs(self._staging.directory)
         free_bytes = min(disk.f_bavail * disk.f_frsize, self._gate.room_bytes)
         return Room(disk.f_blocks * disk.f_frsize, free_bytes, disk.f_files, disk.f_favail)
@@ -511,38 +510,3 @@ def _check_name(name: bytes) -> None:
     """The kernel's own limit for FUSE is 1024 (fs/fuse/fuse_i.h: FUSE_NAME_MAX)."""
     if len(name) > NAME_BYTES_MAX:
         raise NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
-
-
-def _pwrite_all(fd: int, body: bytes, offset: int) -> int:
-    """Return how many bytes were written; fewer than given where an error came after some of them."""
-    rest, written = memoryview(body), 0
-    while rest:
-        try:
-            with _staging_errors():
-                count = os.pwrite(fd, rest, offset + written)
-        except (StagingFull, CacheError, FileTooLarge):
-            if written:
-                return written
-            raise
-        rest, written = rest[count:], written + count
-    return written
-
-
-def _sync_bytes(fd: int) -> int:
-    """Return how many bytes of the file are durable now."""
-    with _staging_errors():
-        length = os.fstat(fd).st_size
-        os.fdatasync(fd)
-    return length
-
-
-@contextmanager
-def _staging_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StagingFull(f"staging files: {error.strerror}") from error
-        if error.errno == errno.EFBIG:
-            raise FileTooLarge("the disk of the staging files takes no larger file") from error
-        raise CacheError(f"staging files: {error.strerror}") from error

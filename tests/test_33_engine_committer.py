@@ -17,7 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from cache.committer import Change, Committer
 from cache.engine import Engine
-from cache.errors import CacheError, NameExists
+from cache.errors import CacheError, NameExists, SluiceError
 from cache.index import Index, IndexWriter
 
 _WAIT_S = 30.0
@@ -181,6 +181,28 @@ async def test_changes_that_wait_together_are_one_transaction(tmp_path: Path, nu
     assert index.commits == 1
     assert all(index.meta(b"m%d" % i) for i in range(50))
     nursery.cancel_scope.cancel()
+    index.close()
+
+
+async def test_what_is_due_is_committed_at_once_and_leaves_what_waits_with_patience(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    index = CountingIndex(tmp_path)
+    committer, told = Committer(index), []
+
+    def refuse(w: IndexWriter) -> None:
+        raise SluiceError("refused")
+
+    committer.commit_then(put("patient"), told.append, patient=True)
+    committer.commit_due(put("due"), told.append)
+    committer.commit_due(refuse, told.append)
+    committer.flush_due()
+    assert index.commits == 1 and index.meta(b"due") == b"1" and index.meta(b"patient") is None
+    assert told[0] is None and str(told[1]) == "refused" and len(told) == 2
+    committer.flush_due()
+    assert index.commits == 1  # Nothing is.
+    committer.flush()
+    assert index.meta(b"patient") == b"1" and told[2] is None
     index.close()
 
 

@@ -42,7 +42,7 @@ from cache.pending import (
 )
 from cache.records import Attributes, Node
 from cache.recovery import Recovered, recover
-from cache.staging import StagingFiles
+from cache.staging import StagingFiles, mode_said
 from cache.store import boot_id, kept_all_bytes
 from cache.write_path import open_ledger
 
@@ -288,6 +288,29 @@ def test_what_was_open_is_sealed_at_the_length_of_its_last_fsync(
     assert home.staging.stat(1).st_mtime_ns == 123456
     assert home.node("d/f")[1].size_bytes == len(kept)
     assert "d/f: kept at the" in caplog.text
+
+
+@pytest.mark.parametrize("row", [put(b"d/f", 1, synced_bytes=4), sealed(b"d/f", 1)], ids=["open", "sealed"])
+def test_after_a_power_loss_the_mode_is_the_rows_not_the_staging_files(home: Home, row: Put) -> None:
+    """The disk may have an older one of the file than the row, which was synced."""
+    home.stage(1)
+    home.staging.set_mode(1, 0o644)
+    home.write_journal({1: row})
+    home.start()
+    (found,) = home.rows().values()
+    assert isinstance(found, Put) and found.attributes == ATTRIBUTES
+    assert mode_said(home.staging.stat(1)) is None
+    own = home.node("d/f")[1].attributes
+    assert own is not None and own.mode == ATTRIBUTES.mode
+
+
+def test_after_killed_processes_the_mode_is_the_staging_files(home: Home) -> None:
+    home.stage(1)
+    home.staging.set_mode(1, 0o644)
+    home.write_journal({1: put(b"d/f", 1)})
+    home.start(is_intact=True)
+    (found,) = home.rows().values()
+    assert isinstance(found, Put) and found.attributes.mode == 0o644
 
 
 @pytest.mark.parametrize("row", [put(b"d/f", 1), sealed(b"d/f", 1, size_bytes=99)], ids=["open", "torn"])

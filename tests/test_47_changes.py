@@ -32,6 +32,7 @@ from cache.model import MIB, ROOT_INODE
 from cache.mover import Mover, TierPlan, run_mover
 from cache.pending import CONFLICT, OPEN, SEALED, Delete, Local, Mark, Orphan, Put, Restate
 from cache.renaming import replace
+from cache.staging import mode_said
 from cache.store import open_store
 from tests.changing import GID, UID, Files
 from tests.wiring import Shared, WatchedLake, bodies, open_cache
@@ -85,6 +86,47 @@ async def test_a_file_stays_open_until_its_last_writer_closes(files: Files) -> N
     await files.changes.closed(inode)
     (row,) = files.rows()
     assert isinstance(row, Put) and row.state == OPEN
+
+
+async def test_a_mode_that_was_set_while_the_file_was_written_is_sealed_with_it(files: Files) -> None:
+    inode = await files.create_open("new")
+    files.staging.set_mode((await files.node("new")).staged, 0o664)
+    await files.changes.sync(inode, 0, False)
+    (row,) = files.rows()
+    assert isinstance(row, Put) and row.attributes.mode == 0o664  # No power loss takes it back.
+    await files.close(inode)
+    (row,) = files.rows()
+    own = (await files.node("new")).attributes
+    assert isinstance(row, Put) and own is not None and row.attributes.mode == own.mode == 0o664
+
+
+async def test_a_mode_that_the_mover_set_counts_though_the_seal_shares_its_transaction(files: Files) -> None:
+    inode = await files.create_open("new")
+    number = (await files.node("new")).staged
+    files.staging.set_mode(number, 0o664)
+    files.opens.closed(inode, writing=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(files.apply, messages.SetAttributes(inode, mode=0o600))
+        nursery.start_soon(files.changes.closed, inode)
+    own = (await files.node("new")).attributes
+    (row,) = files.rows()
+    assert own is not None and own.mode == 0o600 and mode_said(files.staging.stat(number)) is None
+    assert isinstance(row, Put) and row.attributes.mode == 0o600
+
+
+async def test_what_waits_for_a_commit_alone_is_done_at_once(files: Files) -> None:
+    """And happens once, however often it is asked for; the lake is asked the other way."""
+    answers: list[messages.Answer] = []
+    root = messages.Create(ROOT_INODE, b"new", 0o644, UID, GID)
+    assert not files.changes.apply_nowait(root, 2, answers.append)  # Nobody has listed the root.
+    directory = await files.mkdir("d")
+    request = messages.Create(directory, b"new", 0o644, UID, GID)
+    for id in (4, 4, 6):
+        assert files.changes.apply_nowait(request, id, answers.append)
+        files.cache.committer.flush_due()
+    made = await files.find("d/new")
+    assert [answer.value for answer in answers] == [made, made, 0] and answers[2].error == "NameExists"
+    assert len(files.staged()) == 1
 
 
 @pytest.mark.parametrize("name", ["top", "data"])
