@@ -274,12 +274,13 @@ class Residency:
         tier = self.tiers[place]
         disks = [other for other in self.tiers if not other.files.is_memory]
         over = [tier, *disks] if tier.files.is_memory else [tier]
-        spare_bytes = sum(each.room_bytes + each.policy.spare_bytes for each in over)
         item_bytes = min(charged_bytes, GROUP_BYTES)  # What leaves at once for a miss, rounded up to items.
         kept_bytes = sum(_KEPT_STEPS * (_step_bytes(each) + item_bytes) for each in over)
         if tier.files.is_memory:
             kept_bytes += tier.budget.size_bytes // _DRAM_KEPT_SHARE
-        short_bytes = charged_bytes + kept_bytes - spare_bytes
+        short_bytes = charged_bytes + kept_bytes - sum(each.room_bytes for each in over)
+        if short_bytes > 0:  # Else the policies need not be asked, twice for each file of a first epoch.
+            short_bytes -= sum(each.policy.spare_bytes for each in over)
         if short_bytes > 0 and due is not None:
             short_bytes -= sum(each.policy.bytes_beyond(due, short_bytes) for each in over)
         return short_bytes <= 0
