@@ -51,6 +51,7 @@ _DRAM_KEPT_SHARE = 8  # `keep_dram_room` keeps so much of the DRAM tier free.
 _KEPT_STEPS = 2
 _DEMOTERS = 4
 _BUSY_S = 0.005
+_ROOM_S, _LANDS_S = 2.0, 0.01  # A miss waits for room in a tier that is being filled, and looks so often.
 _DRAIN_STEP = 256  # Items between two reports of progress.
 
 
@@ -227,13 +228,18 @@ class Residency:
             self._check_watermark()
             return
         async with tier.room_lock:
+            deadline_s = trio.current_time() + _ROOM_S
             while not tier.has_room(charged_bytes):
                 if not demand:  # Again: others were let in while we waited for the lock.
                     self._check_spare(place, charged_bytes, due)
                     if tier.guard_shortfall_bytes() > 0:
                         raise CacheFull(f"{tier.name}: its disk has no room for what nobody asked for")
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
-                if not await self._make_room(place, max(need_bytes, _step_bytes(tier))):
+                if await self._make_room(place, max(need_bytes, _step_bytes(tier))):
+                    continue
+                if demand and len(self._filling) > 1 and trio.current_time() < deadline_s:
+                    await trio.sleep(_LANDS_S)  # What others are filling lands, and can leave then.
+                else:
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.budget.take(charged_bytes)
 
