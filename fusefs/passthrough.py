@@ -53,7 +53,7 @@ class Passthrough:
     def opened(
         self,
         inode: int,
-        backing_fd: Callable[[], int | None],
+        backing_fd: Callable[[], int | None] | None,
         *,
         vid: bytes = b"",
         writing: bool = False,

@@ -150,7 +150,10 @@ class Writing:
 
     def created(self, inode: Inode, id: int) -> int:
         """Return the handle of a file that the mover has just made."""
-        self._count_open(inode, writing=True, id=id)
+        if self._passthrough is None or self.passes_staged:
+            self._count_open(inode, writing=True, id=id)
+        else:  # What `begin` would do comes with it.
+            self._passthrough.opened(inode, None, writing=True, request=id)
         return inode | WRITING_BIT
 
     async def make_node(
