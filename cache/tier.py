@@ -14,6 +14,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -140,16 +141,19 @@ class TierFiles:
             os.link(path, self.object_path(vid))
 
     def hand_over(self, vid: bytes, path: str, file: int, mtime_ns: int) -> None:
-        """Give a whole object a second name, *path*, where an empty file is, and a time. Raises CacheError.
+        """Give a whole object a second name, *path*, where an empty file is. Raises CacheError.
 
-        *file*: its number (stat(2): st_ino), 0 if that is not known; another one's is not given.
+        It gets that file's mode, and a time. *file*: its number (stat(2): st_ino), 0 if that is not known;
+        another one's is not given.
         """
         with _as_cache_errors(self.path):
             source = self.object_path(vid)
             if file and os.stat(source).st_ino != file:
                 raise CacheError(f"{source}: was made anew since it was opened")
+            mode = stat.S_IMODE(os.stat(path).st_mode)
             os.unlink(path)
             os.link(source, path)
+            os.chmod(path, mode)
             os.utime(path, ns=(time.time_ns(), mtime_ns))
 
     def is_beside(self, path: str) -> bool:

@@ -135,6 +135,23 @@ def test_who_opens_to_write_and_does_not_changes_nothing(mount: LiveMount, folde
     assert path.stat().st_mtime_ns == mtime_ns
 
 
+def test_the_mode_is_that_which_was_set_last(mount: LiveMount, folder: Folder) -> None:
+    """Not the one that the cached file has kept from the time when it was written."""
+    path = mount.directory / "new"
+    with path.open("wb") as file:
+        file.write(BODY)
+        os.fchmod(file.fileno(), 0o755)
+    reaches_the_lake(mount, folder, "new", BODY)
+    path.chmod(0o640)
+    cached(mount, "new")
+    with path.open("rb") as reader:
+        append(path)
+        assert reader.read() == BODY + b"more"
+        assert path.stat().st_mode & 0o7777 == 0o640
+    reaches_the_lake(mount, folder, "new", BODY + b"more")
+    assert path.stat().st_mode & 0o7777 == 0o640
+
+
 def test_without_a_reader_what_is_written_to_is_a_copy(mount: LiveMount, folder: Folder) -> None:
     before = objects(mount)
     write_at_the_start(mount.directory / "old")
