@@ -125,7 +125,7 @@ class SocketMoverClient:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write, stream)
-                    await self._read(stream)
+                    await self._read(connected)
                     nursery.cancel_scope.cancel()
             finally:
                 self.on_socket(-1)
@@ -161,12 +161,15 @@ class SocketMoverClient:
             self._out += messages.frame(asked)
         self._wake.set()
 
-    async def _read(self, stream: trio.SocketStream) -> None:
-        try:
-            while chunk := await stream.receive_some(_RECEIVE_BYTES):
-                self._take_chunk(bytes(chunk))
-        except trio.BrokenResourceError:
-            return
+    async def _read(self, connected: socket.socket) -> None:
+        """Take what arrives, until the connection ends.
+
+        In the call that receives it: after an await the channel might have taken what came behind it.
+        """
+        while True:
+            await trio.lowlevel.wait_readable(connected)
+            if not self.receive_nowait():
+                return
 
     def receive_nowait(self) -> bool:
         """Take what has arrived, if anything; return whether the connection is up still."""
