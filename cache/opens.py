@@ -347,10 +347,8 @@ class Held:
         table, base, inode = self._table, self._base, self._inode
         value = table._value(base, inode)
         if not table._was_counted(request):
-            if not table._state(
-                base, inode, value
-            ).is_open:  # Nor does an id count that the last closer left.
-                value = 0
+            if not table._state(base, inode, value).is_open:
+                value = 0  # Nor does an id count that the last closer left.
             table._put(base, inode, _counted(value, writing, 1), request)
             value = table._value(base, inode)
         return table._state(base, inode, value)

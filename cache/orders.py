@@ -38,6 +38,12 @@ _EXAMPLES = 3  # Of missing paths, in the answer.
 _STEPS = 500  # Index lookups between two checkpoints: a few milliseconds.
 
 
+def _import_needed() -> None:
+    # Of numpy nothing here is linear algebra, for which it would start a thread on each core, to spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    import_module(_NEEDED)
+
+
 class Members(Protocol):
     """The files of a set by place: their number in listing order."""
 
@@ -113,7 +119,7 @@ class Orders:
         In a thread, from the first use of a file on: until a set is recognised the mover waits for the lake.
         """
         if not self._is_prepared:
-            await trio.to_thread.run_sync(import_module, _NEEDED, limiter=self._one_thread)
+            await trio.to_thread.run_sync(_import_needed, limiter=self._one_thread)
             self._is_prepared = True
 
     def make_upcoming(self, members: Members) -> OrderedUpcoming:

@@ -31,7 +31,7 @@ class Tier:
     is_pinned: Callable[[bytes], bool] = lambda vid: False
     room_lock: trio.Lock = field(default_factory=trio.Lock)
     unguarded_bytes: int = _GUARD_EVERY_BYTES
-    landing_bytes: int = 0  # Charged and being written: the disk may not know of them yet.
+    landing_bytes: int = 0  # Charged, and not indexed yet: the disk may not know of them.
     _disk_room_bytes: int = 0  # What the disk could take when it was asked last.
 
     @property
@@ -78,7 +78,7 @@ class Tier:
 
     @contextmanager
     def landing(self, charged_bytes: int) -> Iterator[None]:
-        """Have the guard count bytes that are written for as long as the block runs."""
+        """Have the guard count bytes that are written, and indexed, for as long as the block runs."""
         self.landing_bytes += charged_bytes
         try:
             yield

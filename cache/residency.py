@@ -227,8 +227,8 @@ class Residency:
             tier.budget.take(charged_bytes)
             self._check_watermark()
             return
+        deadline_s = trio.current_time() + _ROOM_S  # Of all who wait for the lock: they must not wait in turn.
         async with tier.room_lock:
-            deadline_s = trio.current_time() + _ROOM_S
             while not tier.has_room(charged_bytes):
                 if not demand:  # Again: others were let in while we waited for the lock.
                     self._check_spare(place, charged_bytes, due)
@@ -237,7 +237,7 @@ class Residency:
                 need_bytes = max(charged_bytes - tier.budget.room_bytes, tier.guard_shortfall_bytes())
                 if await self._make_room(place, max(need_bytes, _step_bytes(tier))):
                     continue
-                if demand and len(self._filling) > 1 and trio.current_time() < deadline_s:
+                if demand and tier.landing_bytes and trio.current_time() < deadline_s:
                     await trio.sleep(_LANDS_S)  # What others are filling lands, and can leave then.
                 else:
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
@@ -319,7 +319,7 @@ class Residency:
                     checksums = await self._lake_engine.run(
                         lambda: files.land_whole(version, vid, get()), demand=demand
                     )
-                await self._committer.commit(lambda w: put_whole(w, version, place, checksums))
+                    await self._committer.commit(lambda w: put_whole(w, version, place, checksums))
             except BaseException as error:
                 if isinstance(error, CacheError):
                     await self._disk_engine.run(lambda: _remove(files, vid))
@@ -404,7 +404,7 @@ class Residency:
                 checksums = await self._lake_engine.run(
                     lambda: tier.files.land_blocks(vid, offset, get_pieces()), demand=demand
                 )
-            await self._committer.commit(lambda w: put_blocks(w, version, place, group, first, checksums))
+                await self._committer.commit(lambda w: put_blocks(w, version, place, group, first, checksums))
         except BaseException as error:
             if isinstance(error, Exception):  # What of it was written must not stay uncharged.
                 await self._disk_engine.run(lambda: _punch(tier.files, vid, blocks))

@@ -89,13 +89,14 @@ int receive_from_thread(struct fuse_session *session, struct fuse_buf *buffer)
 		return -ENOMEM;
 	pthread_mutex_lock(&kept.lock);
 	length = kept.length;
+	if (length >= 0) /* An error stays readable. */
+		eventfd_read(kept.session_fd, &unused);
 	if (length > 0) {
 		buffer->mem = kept.request;
 		buffer->size = (size_t)length;
 		buffer->flags = 0;
 		kept.request = spare;
 		kept.length = 0;
-		eventfd_read(kept.session_fd, &unused);
 		is_full = kept.is_full;
 	} else {
 		buffer->mem = spare;

@@ -654,3 +654,60 @@ async def test_a_bad_block_leaves_even_while_the_kernel_reads_the_file(tmp_path:
             held.answered_with(lambda: 7, lambda _: None)
         await cache.residency.drop(version.id, 0)
         assert cache.residency.place_of(version.id) is None
+
+
+async def test_a_file_that_the_kernel_opens_while_its_row_leaves_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evictions look for opens before their commit; an open may come between."""
+    lake, content, opens = WatchedLake(), bodies({"file": 100_000}), OpenTable()
+    (version,) = lake.fill(content).values()
+    async with open_cache(tmp_path, lake, tiers=NVME, opens=opens) as cache:
+        await cache.fetch(version)
+        opens.note_object(version.id, 5)
+        commit = cache.residency._committer.commit
+
+        async def open_meanwhile(*arguments: Any) -> None:
+            await commit(*arguments)
+            with opens.held(5) as held:
+                held.opened()
+                held.answered_with(lambda: 7, lambda _: None)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cache.residency._committer, "commit", open_meanwhile)
+            assert await cache.residency.drop_version(version.id) == 0
+        assert cache.residency.place_of(version.id) is None
+        assert os.path.exists(cache.residency.tiers[0].files.object_path(version.id))
+        assert cache.residency.tiers[0].budget.used_bytes == charge(100_000) + 4096  # It is there.
+        await cache.fetch(version)
+        assert lake.requests["get"] == 1  # Of the file that was kept.
+        await check(cache, content)
+
+
+async def test_misses_that_find_a_tier_full_of_open_files_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    lake, opens = WatchedLake(), OpenTable()
+    kept = lake.fill(bodies({f"k{i}": MIB for i in range(7)}))
+    missed = lake.fill(bodies({f"large{i}": 9 * MIB for i in range(6)}))
+    async with open_cache(tmp_path, lake, tiers=NVME, opens=opens) as cache:
+        for inode, version in enumerate(kept.values(), 2):
+            await cache.fetch(version)
+            opens.note_object(version.id, inode)
+            with opens.held(inode) as held:
+                held.opened()
+                held.answered_with(lambda inode=inode: inode, lambda _: None)
+        refused = []
+
+        async def miss(version: ObjectVersion) -> None:
+            with pytest.raises(CacheFull):
+                await cache.fetcher.fetch(version, 0, KIB)
+            refused.append(version)
+
+        started_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for version in missed.values():
+                nursery.start_soon(miss, version)
+        assert len(refused) == 6
+        # Nothing that lands could make room. Each would wait for two seconds, and hold up the next.
+        assert trio.current_time() - started_s < 4
+        await cache.idle()
+        await check(cache)
