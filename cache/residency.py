@@ -227,7 +227,7 @@ class Residency:
             tier.budget.take(charged_bytes)
             self._check_watermark()
             return
-        deadline_s = trio.current_time() + _ROOM_S  # Of all who wait for the lock: they must not wait in turn.
+        deadline_s = trio.current_time() + _ROOM_S  # Also of those who wait for the lock.
         async with tier.room_lock:
             while not tier.has_room(charged_bytes):
                 if not demand:  # Again: others were let in while we waited for the lock.

@@ -677,7 +677,7 @@ async def test_a_file_that_the_kernel_opens_while_its_row_leaves_is_kept(
             patched.setattr(cache.residency._committer, "commit", open_meanwhile)
             assert await cache.residency.drop_version(version.id) == 0
         assert cache.residency.place_of(version.id) is None
-        assert os.path.exists(cache.residency.tiers[0].files.object_path(version.id))
+        assert await trio.Path(cache.residency.tiers[0].files.object_path(version.id)).exists()
         assert cache.residency.tiers[0].budget.used_bytes == charge(100_000) + 4096  # It is there.
         await cache.fetch(version)
         assert lake.requests["get"] == 1  # Of the file that was kept.
