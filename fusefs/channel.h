@@ -35,6 +35,13 @@ int direct_wait(int session_fd, long linger_ns);
 /* Add to the module what Python calls; return 0, or -1 with an exception set. */
 int direct_add(PyObject *module);
 
+/* Answer a request that was left for later: *result* is bytes or an errno. -1 where nobody waits for it any more, or
+ * with an exception set. */
+int direct_send(int device, uint64_t unique, PyObject *result);
+
+/* reads.c: where READs are answered from now on. */
+void reads_on(int device);
+
 /* receiver.c: as libfuse's, where a thread receives. */
 int receive_from_thread(struct fuse_session *session, struct fuse_buf *buffer);
 
@@ -46,6 +53,6 @@ int start_receiving(int fd, size_t request_bytes);
 
 int is_receiving(void);
 
-extern PyMethodDef grants_methods[];
+extern PyMethodDef grants_methods[], reads_methods[];
 
 #endif

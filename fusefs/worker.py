@@ -102,17 +102,20 @@ def equip(
     return [filesystem.flush_used_regularly, writing.release_descriptors_regularly]
 
 
-def answer_directly(operations: ControlOperations, mover: SocketMoverClient, owner: tuple[int, int]) -> None:
-    """Have what waits for nothing answered without pyfuse3, where the channel extension is there."""
-    if channel.module() is not None:
-        DirectAnswers(
-            operations.filesystem,
-            operations.writing,
-            operations.control,
-            mover,
-            operations.counters,
-            owner,
-        ).start()
+def answer_directly(
+    operations: ControlOperations, mover: SocketMoverClient, owner: tuple[int, int]
+) -> list[Callable[[], Awaitable[None]]]:
+    """Have what waits for nothing answered without pyfuse3, where the channel extension is there.
+
+    Return what is to run beside it.
+    """
+    if channel.module() is None:
+        return []
+    answers = DirectAnswers(
+        operations.filesystem, operations.writing, operations.control, mover, operations.counters, owner
+    )
+    answers.start()
+    return [answers.answer_failed_reads]
 
 
 async def run_worker(
@@ -140,7 +143,8 @@ async def run_worker(
             nursery.start_soon(mover.run)
             for task in equip(operations, config, index, tiers, mover, shared, row):
                 nursery.start_soon(task)
-            answer_directly(operations, mover, (config.uid, config.gid))
+            for task in answer_directly(operations, mover, (config.uid, config.gid)):
+                nursery.start_soon(task)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
     finally:
