@@ -40,7 +40,10 @@ try:
     fd = os.open(os.fsencode(sys.argv[1]), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     socket.send_fds(answer, [b"0"], [fd] if stat.S_ISFIFO(os.fstat(fd).st_mode) else [])
 except OSError as error:
-    answer.send(b"%d" % error.errno)
+    try:
+        answer.send(b"%d" % error.errno)
+    except OSError:
+        pass  # Nobody waits any more.
 """
 
 Take = Callable[[bytes, bytes], Awaitable[None]]  # (name, text). Raises TextRefused, having told it.

@@ -53,6 +53,14 @@ def receive_in_thread() -> int:
     return int(module().receive_in_thread())
 
 
+def reads_failure() -> str | None:
+    """Return None where the extension can bring the bytes of cached files to the kernel, else why not."""
+    extension = module()
+    if extension is None:
+        return load()
+    return None if extension.can_read_files() else "libxxhash.so.0 (0.8 or later) is not there"
+
+
 def want_passthrough() -> None:
     """Have the session that is initialised next ask the kernel for FUSE_PASSTHROUGH, if possible."""
     extension = module()

@@ -77,10 +77,8 @@ class DirectAnswers:
         extension = channel.module()
         extension.answer_directly(self.answer, self._mover.receive_nowait)
         self._mover.on_socket = extension.wait_for_mover
-        try:
+        if channel.reads_failure() is None:
             self._reads_failed = extension.start_reads()
-        except OSError as error:
-            log.info("reads are answered by Python: %s", error)
 
     def answer(self, opcode: int, unique: int, inode: int, uid: int, gid: int, body: bytes) -> Result:
         """Return how the request is answered. *inode*: of the file, or of the directory of the name."""
@@ -303,3 +301,11 @@ def feature(*, is_on: bool) -> dict[str, object]:
     if is_on:
         return {"on": True, "reason": "requests that wait for nothing are answered where they are received"}
     return {"on": False, "reason": channel.load() or "--workers 0"}
+
+
+def reads_feature(*, is_on: bool) -> dict[str, object]:
+    """The same of reads: who brings the bytes of cached files to the kernel."""
+    failure = channel.reads_failure()
+    if is_on and failure is None:
+        return {"on": True, "reason": "cached bytes are checked and handed to the kernel outside of Python"}
+    return {"on": False, "reason": failure or "--workers 0"}

@@ -43,6 +43,7 @@ class Operations(ChangingOperations):
         self.no_open = bool(shared.features["no_open"]["on"])
         shared.features["granted_opens"] = grants.feature(shared.grants, no_open=self.no_open)
         shared.features["direct_answers"] = direct.feature(is_on=shared.grants is not None)
+        shared.features["direct_reads"] = direct.reads_feature(is_on=shared.grants is not None)
         if shared.features["passthrough"]["on"]:
             self.passthrough = Passthrough(shared.opens, device)
 

@@ -210,15 +210,31 @@ static PyObject *read_file(PyObject *self, PyObject *args)
 	return PyBool_FromLong(is_taken);
 }
 
+/* Return whether the checksums can be computed. */
+static int find_hash(void)
+{
+	void *library, *found;
+
+	if (hash)
+		return 1;
+	library = dlopen("libxxhash.so.0", RTLD_NOW | RTLD_LOCAL);
+	found = library ? dlsym(library, "XXH3_64bits") : NULL;
+	memcpy(&hash, &found, sizeof(hash));
+	if (hash && hash("", 0) != HASH_OF_NOTHING)
+		hash = NULL;
+	return hash != NULL;
+}
+
+static PyObject *can_read_files(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	return PyBool_FromLong(find_hash());
+}
+
 static PyObject *start_reads(PyObject *self, PyObject *unused)
 {
-	void *library = dlopen("libxxhash.so.0", RTLD_NOW | RTLD_LOCAL);
-	void *found = library ? dlsym(library, "XXH3_64bits") : NULL;
-
 	(void)self, (void)unused;
-	memcpy(&hash, &found, sizeof(hash));
-	if (!hash || hash("", 0) != HASH_OF_NOTHING) {
-		hash = NULL;
+	if (!find_hash()) {
 		PyErr_SetString(PyExc_OSError, "libxxhash.so.0 of version 0.8 or later is not there");
 		return NULL;
 	}
@@ -264,6 +280,8 @@ void reads_on(int device)
 }
 
 PyMethodDef reads_methods[] = {
+	{"can_read_files", can_read_files, METH_NOARGS,
+	 "Return whether read_file() would work: xxhash's library is there."},
 	{"start_reads", start_reads, METH_NOARGS,
 	 "Return a descriptor that is readable while failed_reads() has something. Call it after the fork.\n\n"
 	 "Raises OSError where there is no libxxhash."},

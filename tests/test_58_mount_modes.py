@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fusefs import channel
 from tests.mounting import Folder, Mounting
 
 OPTIONS = ("-o", "rw", "--upload-delay=0.2")
@@ -88,5 +89,7 @@ def test_a_mode_set_while_the_file_is_open_is_in_force_at_once(mounting: Mountin
 def test_status_says_whether_requests_are_answered_directly(mounting: Mounting, folder: Folder) -> None:
     features = mounting.mount(folder.url, *OPTIONS).status()["features"]
     assert features["direct_answers"]["on"] is features["granted_opens"]["on"]
-    single = mounting.mount(folder.url, *OPTIONS, "--workers=0").status()["features"]["direct_answers"]
-    assert single == {"on": False, "reason": "--workers 0"}
+    assert features["direct_reads"]["on"] is (channel.reads_failure() is None)
+    single = mounting.mount(folder.url, *OPTIONS, "--workers=0").status()["features"]
+    assert single["direct_answers"] == {"on": False, "reason": "--workers 0"}
+    assert single["direct_reads"]["on"] is False

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -319,6 +321,34 @@ def test_a_killed_mover_is_followed_by_one_that_listens(read_only: LiveMount) ->
     assert json.loads(control(read_only, "stats").read_text())["processes"]["mover"] != mover[0]
     assert write(read_only, "order", order(range(7))) == 0
     assert heard(read_only, "order")["files"] == 7
+
+
+def test_a_mover_that_is_killed_while_it_opens_pipes_is_replaced(mounting: Mounting, folder: Folder) -> None:
+    """It would not be gone if it waited for the mount itself: for a lock, which no signal ends."""
+    fill(folder)
+    mount = mounting.mount(folder.url, "--workers=1")
+    (worker,) = mount.pids()["workers"]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        kill_each(mount.pids()["mover"])  # Its follower opens both pipes, first of all.
+        until(lambda: _openers(mount), "its pipes are being opened")
+        kill_each(mount.pids()["mover"])
+        until(lambda: mount.log().count("mover ended with signal 9") == 2, "it is gone")
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert write(mount, "order", order(range(3))) == 0
+    assert heard(mount, "order")["files"] == 3
+
+
+def _openers(mount: LiveMount) -> list[int]:
+    """Return the processes that open pipes of the mount."""
+    pipes = f"{mount.directory}/.sluice".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if any(word.startswith(pipes) and word != pipes for word in path.read_bytes().split(b"\0")):
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_a_reading_that_was_open_when_the_mover_died_gets_an_error_not_another_text(

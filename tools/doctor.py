@@ -96,6 +96,7 @@ def all_checks() -> Iterator[Check]:
     yield privilege_check()
     yield sharing_check()
     yield channel_check()  # Before the packages: it must be loaded before pyfuse3.
+    yield checksums_check()
     for name in PACKAGES_NEEDED:
         yield package_check(name)
     yield package_check("obstore", cost="boto3 fetches the bytes: about a tenth of the requests a second")
@@ -171,6 +172,18 @@ def channel_check() -> Check:
     cost = "one worker only, no passthrough, every open is answered by Python"
     mend = "apt install gcc libfuse3-dev pkg-config python3-dev, then install sluicefs again"
     return ok("channel extension", reason or "loaded").unless(reason is None, "off", cost, mend)
+
+
+def checksums_check() -> Check:
+    """Check what the channel extension needs to read cached files."""
+    try:
+        reason: str | None = importlib.import_module("fusefs.channel").reads_failure()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    cost = "reads of cached files take Python twice the processor time"
+    return ok("xxhash's library", reason or "found").unless(
+        reason is None, "off", cost, "apt install libxxhash0, and see the channel extension"
+    )
 
 
 def package_check(name: str, cost: str = "") -> Check:
