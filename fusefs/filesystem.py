@@ -49,6 +49,9 @@ _TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits ever
 _READS_BATCH = 64  # and of others' when so many have gathered, or before the next miss.
 
 
+_MOVED: tuple[Body, str] = (b"", "")
+
+
 @dataclass(slots=True)
 class Hit:
     """Where the bytes are that a read asks for: in the blocks from *start* to *end* of the file *path*.
@@ -326,6 +329,8 @@ class Filesystem:
         for _ in range(_TRIES_MAX):
             try:
                 found = await self._read_resident(inode, node, offset, length)
+                if found is _MOVED:
+                    continue
                 if found is not None:
                     body, source = found
                     if self._no_open and not waited and node.vid not in self._used:
@@ -355,7 +360,10 @@ class Filesystem:
     async def _read_resident(
         self, inode: Inode, node: Node, offset: int, length: int
     ) -> tuple[Body, str] | None:
-        """Return the bytes and their counter's name, or None where a block is not there (any more)."""
+        """Return the bytes and their counter's name; None where a block is not there (any more).
+
+        _MOVED: it went to another tier meanwhile, or was made whole.
+        """
         groups = range(offset // GROUP_BYTES, (offset + length - 1) // GROUP_BYTES + 1)
         row, rows = self._index.residence(node.vid, groups)
         first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
@@ -366,12 +374,11 @@ class Filesystem:
         start, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, node.size_bytes)
         body = await self._pread(row, node.vid, start, end - start)
         if body is None:
-            if not self._is_being_made_whole(row, node.vid):
-                await self._drop_bad(node, row, groups, rows, "is gone from the tier")
-            return None
+            if self._is_being_made_whole(row, node.vid):
+                return None
+            return await self._drop_bad(node, row, groups, rows, "is gone from the tier")
         if block_checksums(body) != expected.tolist():
-            await self._drop_bad(node, row, groups, rows, "does not match its checksum")
-            return None
+            return await self._drop_bad(node, row, groups, rows, "does not match its checksum")
         tier = self._tiers[row.tier]
         source = "bytes_dram" if tier.is_memory else "bytes_nvme"
         if end - start == length:
@@ -403,18 +410,24 @@ class Filesystem:
 
     async def _drop_bad(
         self, node: Node, row: VersionRow, groups: range, seen: list[Group | None], how: str
-    ) -> None:
-        """Tell a block that left while it was read from one that went bad, and have that dropped."""
+    ) -> tuple[Body, str] | None:
+        """Tell a block that left while it was read from one that went bad, and have that dropped.
+
+        Return _MOVED for the first, where it is elsewhere in the cache now.
+        """
         row_now, now = self._index.residence(node.vid, groups)
-        if row_now is None or (row_now.tier, row_now.whole) != (row.tier, row.whole):
-            return
+        if row_now is None:
+            return None
+        if (row_now.tier, row_now.whole) != (row.tier, row.whole):
+            return _MOVED
         for before, after in zip(seen, now, strict=True):
             if after is None or before is None or after.generation != before.generation:
-                return
+                return None
         self._counters.add("corrupt_blocks")
         log.error("%s: a cached block of it %s: dropped, fetched again", os.fsdecode(node.name), how)
         for group in groups:
             await self._mover.ask(Corrupt(node.vid, group))
+        return None
 
     # Use
 
