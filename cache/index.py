@@ -256,6 +256,7 @@ class IndexWriter:
         self._next_inode = int.from_bytes(txn.get(b"next_inode", db=dbs["meta"]) or b"\2", "big")
         self._inodes_given = False
         self._changed_directories: set[int] = set()
+        self.changed_nodes: set[int] = set()  # Also those whose path shows something else now.
 
     def finish(self) -> None:
         """Write what goes with the changes: called once, last, by `Index.write`."""
@@ -294,6 +295,7 @@ class IndexWriter:
         return as_inode(bytes(packed)), decode_node(node)
 
     def put_node(self, inode: int, node: Node) -> None:
+        self.changed_nodes.add(inode)
         self._txn.put(inode_key(inode), encode(node), db=self._dbs["nodes"])
 
     def attach(self, node: Node) -> Inode:
@@ -305,6 +307,7 @@ class IndexWriter:
         key = child_key(node.parent, node.name)
         replaced = self._txn.get(key, db=self._dbs["children"])
         if replaced is not None:
+            self.changed_nodes.add(as_inode(bytes(replaced)))
             self._txn.put(replaced, b"", db=self._dbs["detached"])
         self._txn.put(key, inode_key(inode), db=self._dbs["children"])
         self._txn.put(inode_key(inode), encode(node), db=self._dbs["nodes"], append=False)
@@ -315,6 +318,7 @@ class IndexWriter:
         packed = self._txn.pop(child_key(parent, name), db=self._dbs["children"])
         if packed is not None:
             self._changed_directories.add(parent)
+            self.changed_nodes.add(as_inode(bytes(packed)))
             self._txn.put(packed, b"", db=self._dbs["detached"])
 
     def move(self, inode: int, node: Node) -> None:
@@ -343,6 +347,7 @@ class IndexWriter:
         for child, name in list(self.names(inode)):
             self._txn.delete(child_key(inode, name), db=self._dbs["children"])
             self.forget(child)
+        self.changed_nodes.add(inode)
         for db in ("detached", "directories", "nodes"):
             self._txn.delete(inode_key(inode), db=self._dbs[db])
         self.clear_hidden(inode)

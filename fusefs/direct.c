@@ -46,12 +46,12 @@ static int is_direct(uint32_t opcode)
 	return 0;
 }
 
-static int send_reply(uint64_t unique, int error, const void *body, size_t length)
+int send_reply(int device, uint64_t unique, int error, const void *body, size_t length)
 {
 	struct fuse_out_header out = {(uint32_t)(sizeof(out) + length), -error, unique};
 	struct iovec pieces[] = {{&out, sizeof(out)}, {(void *)body, length}};
 
-	return writev(device_fd, pieces, length ? 2 : 1) < 0 ? -1 : 0;
+	return writev(device, pieces, length ? 2 : 1) < 0 ? -1 : 0;
 }
 
 /* *result*: bytes or an errno. It fails where nobody waits for the answer any more, and for what is neither. */
@@ -60,11 +60,11 @@ static int send_result(uint64_t unique, PyObject *result)
 	long error;
 
 	if (PyBytes_Check(result))
-		return send_reply(unique, 0, PyBytes_AS_STRING(result), (size_t)PyBytes_GET_SIZE(result));
+		return send_reply(device_fd, unique, 0, PyBytes_AS_STRING(result), (size_t)PyBytes_GET_SIZE(result));
 	error = PyLong_AsLong(result);
 	if (PyErr_Occurred())
 		return -1;
-	return send_reply(unique, (int)error, NULL, 0);
+	return send_reply(device_fd, unique, (int)error, NULL, 0);
 }
 
 int direct_answer(int device, const void *request, size_t length)
@@ -77,6 +77,8 @@ int direct_answer(int device, const void *request, size_t length)
 		return 0;
 	if (!is_direct(in->opcode) || (in->unique & UNIQUE_RESEND))
 		return 0;
+	if (written_answer(device, in, length))
+		return 1;
 	device_fd = device;
 	result = PyObject_CallFunction(answer, "IKKIIy#", in->opcode, (unsigned long long)in->unique,
 				       (unsigned long long)in->nodeid, in->uid, in->gid,

@@ -54,6 +54,7 @@ from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
 from fusefs.staged_io import pwrite_all, staging_errors, sync_bytes
 from fusefs.write_gate import WriteGate
+from fusefs.written import WrittenFiles
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +108,14 @@ class Writing:
         self._index = index
         self._mover = mover
         self._filesystem = filesystem
-        self._staging = staging
+        self.staging = staging
         self._opens = opens
         self._passthrough = passthrough
         self.passes_staged = passes_staged and passthrough is not None
         self._staging_device = os.stat(staging.directory).st_dev
         self._gate = gate
         self.durability = durability
+        self.written: WrittenFiles | None = None  # Those for which the channel answers, if it does.
 
     async def change(self, request: Change, id: int) -> Inode:
         """Have the mover carry out *request*; return the inode that it made, if it made one."""
@@ -249,7 +251,7 @@ class Writing:
         if not node.staged:
             return self._clean_file(inode, node)
         try:
-            fd = os.open(self._staging.path(node.staged), os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(self.staging.path(node.staged), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return None  # Cached mode sees to that.
         if flags & os.O_ACCMODE == os.O_RDONLY and os.fstat(fd).st_size < PASSTHROUGH_BYTES_MIN:
@@ -341,7 +343,7 @@ class Writing:
             raise FileTooLarge(f"no object of a lake has more than {OBJECT_BYTES_MAX} bytes")
         await self._gate.enter()
         number = await self._staged(inode_of(handle))
-        with self._staging.held(number) as fd:
+        with self.staging.held(number) as fd:
             if len(body) < _THREAD_BYTES:
                 written = pwrite_all(fd, body, offset)
             else:
@@ -356,7 +358,7 @@ class Writing:
         number = self._node(inode_of(handle)).staged
         if not number:
             return False
-        with self._staging.held(number) as fd:
+        with self.staging.held(number) as fd:
             if pwrite_all(fd, body, offset) < len(body):
                 return False
         self._gate.wrote(len(body))
@@ -383,7 +385,7 @@ class Writing:
         node = self._node(inode)  # Of a staged file its size is not the one that the file has now.
         kept_bytes = size_bytes if node.staged else min(size_bytes, node.size_bytes)
         number = await self._stage(inode, kept_bytes)
-        with self._staging.held(number) as fd, staging_errors():
+        with self.staging.held(number) as fd, staging_errors():
             if os.fstat(fd).st_size - size_bytes < _CUT_IN_THREAD_BYTES:
                 os.ftruncate(fd, size_bytes)
             else:
@@ -410,7 +412,7 @@ class Writing:
             if number == 0:
                 break
             try:
-                with self._staging.held(number) as fd:
+                with self.staging.held(number) as fd:
                     length = await trio.to_thread.run_sync(sync_bytes, fd)
                 break
             except CacheError as error:
@@ -456,14 +458,14 @@ class Writing:
                 return self._set_while_written(node.staged, node.attributes, request)
 
     def _set_while_written(self, number: int, own: Attributes, request: SetAttributes) -> bool:
-        status = os.stat(self._staging.path(number))
+        status = os.stat(self.staging.path(number))
         own = as_written(own, status)
         if request.uid not in (None, own.uid) or request.gid not in (None, own.gid):
             return False
         if request.mode is not None and request.mode != own.mode:
             if not may_say(request.mode):
                 return False
-            self._staging.set_mode(number, request.mode)
+            self.staging.set_mode(number, request.mode)
         self._set_times(number, status, request)
         return True
 
@@ -471,7 +473,7 @@ class Writing:
         atime_ns = now.st_atime_ns if request.atime_ns is None else request.atime_ns
         mtime_ns = now.st_mtime_ns if request.mtime_ns is None else request.mtime_ns
         with staging_errors(), contextlib.suppress(FileNotFoundError):  # The lake has it by now.
-            os.utime(self._staging.path(number), ns=(atime_ns, mtime_ns))
+            os.utime(self.staging.path(number), ns=(atime_ns, mtime_ns))
 
     def xattr(self, inode: Inode, name: bytes) -> bytes:
         """Return the value. Raises AttributeMissing."""
@@ -497,7 +499,7 @@ class Writing:
     def room(self) -> Room:
         """Return what df(1) shows. Raises CacheError."""
         with staging_errors():
-            disk = os.statvfs(self._staging.directory)
+            disk = os.statvfs(self.staging.directory)
         free_bytes = min(disk.f_bavail * disk.f_frsize, self._gate.room_bytes)
         return Room(disk.f_blocks * disk.f_frsize, free_bytes, disk.f_files, disk.f_favail)
 
@@ -505,8 +507,10 @@ class Writing:
         """Give the space of files free that are gone but for our descriptors, for ever."""
         while True:
             await trio.sleep(1.0)
-            self._staging.release_removed()
-            self._staging.release_idle()
+            self.staging.release_removed()
+            self.staging.release_idle()
+            if self.written is not None:
+                self.written.drop_closed()
 
 
 def _check_name(name: bytes) -> None:
