@@ -5,7 +5,8 @@ one that it took before it read the node. The mover, which alone writes the inde
 the transaction is committed and before anybody hears that it is. A mover that dies in between has
 told nobody; the next one begins a new epoch, and all generations with it.
 
-Nodes that share a cell share their generation: what is remembered of one is read again when the other changes.
+Nodes that share a cell share their generation: what is remembered of one is read again when the other
+changes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 
 
 class Generations:
-    """Make it before the fork. 64-bit stores do not tear, and the mover alone writes, so no lock is needed."""
+    """Make it before the fork. The mover alone writes, and 64-bit stores do not tear: no lock is needed."""
 
     CELLS = 1 << 16
 

@@ -10,7 +10,6 @@ verb that writes either has a handle for writing, or counts itself as one (`_cou
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import stat
@@ -47,12 +46,12 @@ from cache.messages import (
 )
 from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, Inode
 from cache.opens import Mode, OpenTable
-from cache.records import Attributes, Node
-from cache.staging import StagingFiles, as_written, may_say
+from cache.records import Node
+from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
-from fusefs.staged_io import pwrite_all, staging_errors, sync_bytes
+from fusefs.staged_io import pwrite_all, set_times, set_while_written, staging_errors, sync_bytes
 from fusefs.write_gate import WriteGate
 from fusefs.written import WrittenFiles
 
@@ -438,7 +437,7 @@ class Writing:
         if request.atime_ns is not None or request.mtime_ns is not None:
             _, staged = self._filesystem.settled(inode, self._node(inode))
             if staged is not None:
-                self._set_times(self._node(inode).staged, staged, request)
+                set_times(self.staging, self._node(inode).staged, staged, request)
 
     def set_attributes_nowait(self, request: SetAttributes) -> bool:
         """Set a staging file's mtime and mode, and with them its ctime, where that is all there is to do.
@@ -455,25 +454,7 @@ class Writing:
             if not (held.state.writers and node.staged and node.attributes):
                 return False
             with staging_errors():
-                return self._set_while_written(node.staged, node.attributes, request)
-
-    def _set_while_written(self, number: int, own: Attributes, request: SetAttributes) -> bool:
-        status = os.stat(self.staging.path(number))
-        own = as_written(own, status)
-        if request.uid not in (None, own.uid) or request.gid not in (None, own.gid):
-            return False
-        if request.mode is not None and request.mode != own.mode:
-            if not may_say(request.mode):
-                return False
-            self.staging.set_mode(number, request.mode)
-        self._set_times(number, status, request)
-        return True
-
-    def _set_times(self, number: int, now: os.stat_result, request: SetAttributes) -> None:
-        atime_ns = now.st_atime_ns if request.atime_ns is None else request.atime_ns
-        mtime_ns = now.st_mtime_ns if request.mtime_ns is None else request.mtime_ns
-        with staging_errors(), contextlib.suppress(FileNotFoundError):  # The lake has it by now.
-            os.utime(self.staging.path(number), ns=(atime_ns, mtime_ns))
+                return set_while_written(self.staging, node.staged, node.attributes, request)
 
     def xattr(self, inode: Inode, name: bytes) -> bytes:
         """Return the value. Raises AttributeMissing."""

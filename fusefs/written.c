@@ -448,6 +448,20 @@ static PyObject *drop_closed(PyObject *self, PyObject *unused)
 	Py_RETURN_NONE;
 }
 
+static PyObject *answer_written(PyObject *self, PyObject *args)
+{
+	struct fuse_in_header in;
+	Py_buffer request;
+	int device, is_answered;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "iy*", &device, &request))
+		return NULL;
+	is_answered = (size_t)request.len >= sizeof(in) && written_answer(device, request.buf, (size_t)request.len);
+	PyBuffer_Release(&request);
+	return PyBool_FromLong(is_answered);
+}
+
 static PyMethodDef methods[] = {
 	{"set_up_written", set_up_written, METH_VARARGS,
 	 "set_up_written(opens, fd, is_held, layout, generations, counters, places, budget, valid_s, closed).\n\n"
@@ -456,6 +470,8 @@ static PyMethodDef methods[] = {
 	 "made(inode, request, path, mode, uid, gid, ctime_ns, generation, answered_cached, valid_s) -> bytes | None:\n\n"
 	 "Count the first open of a file that was just made, and answer for it from now on. Return what its CREATE\n"
 	 "is answered with; None, with nothing counted, where that is for Python."},
+	{"answer_written", answer_written, METH_VARARGS,
+	 "answer_written(device, request) -> bool: answer it as if it had come from the kernel. For tests."},
 	{"drop_closed", drop_closed, METH_NOARGS, "Close the descriptors of files that are not written to any more."},
 	{0},
 };

@@ -19,8 +19,8 @@ from fusefs.namespace import ATTRIBUTE_TTL_S, Entry, Namespace
 class WrittenFiles:
     """One in a process: the channel has one table of them. Needs the extension.
 
-    *row*: of *counters*, this process's. *answers_cached*: opens are answered in one of two modes, and that of
-    a new file is the cached one. *closed* is called with each inode that nobody writes to any more.
+    *row*: of *counters*, this process's. *answers_cached*: opens are answered in one of two modes, and
+    that of a new file is the cached one. *closed* gets each inode that nobody writes to any more.
     """
 
     def __init__(
