@@ -99,15 +99,17 @@ class WorkerConnection:
             self._requests.start_soon(self._answer, asked)
 
     def _put(self, number: int, answer: messages.Answer) -> None:
+        """Keep the answer for `_send_now`: it is told in the turn of the loop in which the request came."""
         answer.number = number
         self._out += messages.frame(answer)
-        self._wake.set()
 
     def _send_now(self, direct: socket.socket) -> None:
         """Send what gathered: a turn of the loop until `_write` did would take longer than the call."""
         if self._out and not self._is_writing:
             with suppress(OSError):  # It is full, or the worker is gone: `_write` sees to that.
                 del self._out[: direct.send(self._out)]
+        if self._out:
+            self._wake.set()
 
     async def send(self, message: messages.FromMover) -> None:
         self._out += messages.frame(message)
