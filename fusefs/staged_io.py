@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from cache.errors import CacheError, FileTooLarge, StagingFull
 from cache.messages import SetAttributes
@@ -34,6 +35,24 @@ def sync_bytes(fd: int) -> int:
         length = os.fstat(fd).st_size
         os.fdatasync(fd)
     return length
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much the disk of the staging files has, and how much of it may be written now."""
+
+    total_bytes: int
+    free_bytes: int
+    files: int
+    free_files: int
+
+
+def room_of(staging: StagingFiles, bytes_max: int) -> Room:
+    """Return how much room there is, of which no more than *bytes_max* may be written. Raises CacheError."""
+    with staging_errors():
+        disk = os.statvfs(staging.directory)
+    free_bytes = min(disk.f_bavail * disk.f_frsize, bytes_max)
+    return Room(disk.f_blocks * disk.f_frsize, free_bytes, disk.f_files, disk.f_favail)
 
 
 def set_while_written(staging: StagingFiles, number: int, own: Attributes, request: SetAttributes) -> bool:

@@ -51,7 +51,15 @@ from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
-from fusefs.staged_io import pwrite_all, set_times, set_while_written, staging_errors, sync_bytes
+from fusefs.staged_io import (
+    Room,
+    pwrite_all,
+    room_of,
+    set_times,
+    set_while_written,
+    staging_errors,
+    sync_bytes,
+)
 from fusefs.write_gate import WriteGate
 from fusefs.written import WrittenFiles
 
@@ -72,16 +80,6 @@ class Owner:
 
     uid: int
     gid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How much the disk of the staging files has, and how much of it may be written now."""
-
-    total_bytes: int
-    free_bytes: int
-    files: int
-    free_files: int
 
 
 class Writing:
@@ -479,10 +477,7 @@ class Writing:
 
     def room(self) -> Room:
         """Return what df(1) shows. Raises CacheError."""
-        with staging_errors():
-            disk = os.statvfs(self.staging.directory)
-        free_bytes = min(disk.f_bavail * disk.f_frsize, self._gate.room_bytes)
-        return Room(disk.f_blocks * disk.f_frsize, free_bytes, disk.f_files, disk.f_favail)
+        return room_of(self.staging, self._gate.room_bytes)
 
     async def release_descriptors_regularly(self) -> None:
         """Give the space of files free that are gone but for our descriptors, for ever."""
