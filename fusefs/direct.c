@@ -7,6 +7,8 @@
  *   its callable is given the request and returns the body of the reply, a number (0: done, with nothing to say,
  *   else the errno), LATER, or None: then the request goes the usual way, as if nobody had looked at it.
  *
+ * Before that written.c is asked, which answers for files that were made here without Python.
+ *
  * After LATER the reply is given with reply(). What it waits for comes from the mover: its socket is
  * waited for here beside the device, and what arrives there is taken by a second callable, again without trio. While
  * an answer is on its way, or requests come one upon the other, the next is waited for here: see channel.c.
