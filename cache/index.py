@@ -205,6 +205,23 @@ class Index:
             rows = [txn.get(group_key(vid, group), db=db) for group in groups]
         return decode_version(packed), [None if row is None else Group.unpack(row) for row in rows]
 
+    def content(self, inode: int, groups: range) -> tuple[Node, VersionRow, list[Group | None]] | None:
+        """Return a node and what `residence` says of its version, from one state of the index.
+
+        None where there is no such node, or nothing of its content.
+        """
+        db = self._dbs["groups"]
+        with self.env.begin() as txn:
+            packed = txn.get(inode_key(inode), db=self._nodes)
+            if packed is None:
+                return None
+            node = decode_node(packed)
+            packed = txn.get(node.vid, db=self._dbs["versions"]) if node.vid else None
+            if packed is None:
+                return None
+            rows = [txn.get(group_key(node.vid, group), db=db) for group in groups]
+        return node, decode_version(packed), [None if row is None else Group.unpack(row) for row in rows]
+
     def version(self, vid: bytes) -> VersionRow | None:
         with self.env.begin() as txn:
             packed = txn.get(vid, db=self._dbs["versions"])

@@ -9,11 +9,14 @@ directory (it does for O_CREAT), so we reach the same FIFOs by another one.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import stat
+import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from subprocess import DEVNULL
 
 import trio
 
@@ -27,6 +30,18 @@ _LINGER_S = 5.0  # So long who has looked a FIFO up may take to open it.
 _LINGER_AFTER_S = 0.2  # The same once a text has come, and nobody has looked it up since.
 _POLL_S = 0.02
 _PIECE_BYTES = 1 << 16
+
+# Run with a path and a socket: opens the one, and sends the descriptor, or an errno,
+# through the other; 0 alone: it is no FIFO.
+_OPENER = """
+import os, socket, stat, sys
+answer = socket.socket(fileno=int(sys.argv[2]))
+try:
+    fd = os.open(os.fsencode(sys.argv[1]), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    socket.send_fds(answer, [b"0"], [fd] if stat.S_ISFIFO(os.fstat(fd).st_mode) else [])
+except OSError as error:
+    answer.send(b"%d" % error.errno)
+"""
 
 Take = Callable[[bytes, bytes], Awaitable[None]]  # (name, text). Raises TextRefused, having told it.
 
@@ -61,8 +76,7 @@ class Pipes:
             return
         opened = self._opening[name] = trio.Event()
         try:
-            # Abandoned when the mover ends: should no worker answer then, it would wait for ever.
-            fd = await trio.to_thread.run_sync(self._open, name, abandon_on_cancel=True)
+            fd = await self._open(self._directory / os.fsdecode(name))
             if fd >= 0:
                 reader = self._readers[name] = _Reader(fd, trio.current_time() + _LINGER_S)
                 self._nursery.start_soon(self._read, name, reader)
@@ -70,18 +84,13 @@ class Pipes:
             del self._opening[name]
             opened.set()
 
-    def _open(self, name: bytes) -> int:
+    async def _open(self, path: Path) -> int:
         """Return the descriptor, -1 where the mount is not what is there."""
-        path = self._directory / os.fsdecode(name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return await _opened_elsewhere(path)
         except OSError as error:
             log.warning("%s: %s; what is written there is not heard", path, error.strerror)
             return -1
-        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.close(fd)
-            return -1
-        return fd
 
     def let_go(self) -> None:
         """Close all readers that nobody writes to: the mount is to end."""
@@ -137,6 +146,32 @@ class Pipes:
             pass  # The log and `status` say so: a pipe can't.
         except Exception:  # A fault of ours loses this text, not the mover.
             log.exception("what was written to .sluice/%s could not be used", os.fsdecode(name))
+
+
+async def _opened_elsewhere(path: Path) -> int:
+    """Return a descriptor of the FIFO *path*, opened by another process; -1 for what is none. Raises OSError.
+
+    In `--workers 0` this very thread answers the kernel: it must not even ask what the file is.
+    """
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            command = [sys.executable, "-I", "-S", "-c", _OPENER, str(path), str(theirs.fileno())]
+            opener = await trio.lowlevel.open_process(command, pass_fds=[theirs.fileno()], stdin=DEVNULL)
+        try:
+            await trio.lowlevel.wait_readable(ours)
+            text, descriptors, _, _ = socket.recv_fds(ours, 16, 1)
+            await opener.wait()
+        except trio.Cancelled:  # The mover ends: should no worker answer, this one would wait for ever.
+            opener.kill()
+            raise
+    code = int(text or errno.EIO)  # Nothing: it was killed.
+    if code:
+        raise OSError(code, os.strerror(code))
+    if not descriptors:
+        return -1
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]
 
 
 def _read_now(fd: int) -> bytes | None:

@@ -35,7 +35,8 @@
  *
  * fuse_session_mount
  *   libfuse's public hook for its device I/O is set. Each reply then comes by here in the kernel's format.
- *   Where want_passthrough() was called, INIT's gets what agrees on FUSE_PASSTHROUGH, if the
+ *   INIT's gets what has the kernel look several names of one directory up at once, which libfuse 3.14
+ *   does not say. Where want_passthrough() was called, it gets what agrees on FUSE_PASSTHROUGH, if the
  *   kernel offers it. To an OPEN or CREATE that pass_through() named, the backing id is added: the
  *   kernel then reads and writes the file behind that id, and no READ or WRITE is sent.
  *
@@ -78,7 +79,7 @@ static uint32_t last_pid;
 
 static enum { UNWANTED, NO_HOOK, NO_KERNEL, AGREED } passthrough = UNWANTED;
 static uint64_t init_unique; /* Of INIT, until it is answered. */
-static int offers_passthrough;
+static int offers_passthrough, offers_parallel;
 static struct fuse_session *hooked; /* The session whose replies come by here; NULL: none. */
 static uint32_t max_write;	     /* As the kernel was told. */
 
@@ -122,11 +123,13 @@ static void note_init(const struct fuse_in_header *in, size_t length)
 	struct init_in arg;
 
 	init_unique = in->unique;
-	offers_passthrough = 0;
-	if (passthrough != NO_KERNEL || length < sizeof(*in) + sizeof(arg))
+	offers_passthrough = offers_parallel = 0;
+	if (length < sizeof(*in) + sizeof(arg))
 		return;
 	memcpy(&arg, in + 1, sizeof(arg));
-	offers_passthrough = (arg.flags & INIT_EXT) && (arg.flags2 & FLAGS2_PASSTHROUGH);
+	offers_parallel = (arg.flags & FUSE_PARALLEL_DIROPS) != 0;
+	if (passthrough == NO_KERNEL)
+		offers_passthrough = (arg.flags & INIT_EXT) && (arg.flags2 & FLAGS2_PASSTHROUGH);
 }
 
 static void change_init(const struct iovec *body)
@@ -137,14 +140,16 @@ static void change_init(const struct iovec *body)
 		return;
 	memcpy(&arg, body->iov_base, sizeof(arg));
 	max_write = arg.max_write;
+	if (offers_parallel)
+		arg.flags |= FUSE_PARALLEL_DIROPS;
 	/* The kernel takes one of the two. */
-	if (!offers_passthrough || (arg.flags & FUSE_WRITEBACK_CACHE))
-		return;
-	arg.flags |= INIT_EXT;
-	arg.flags2 |= FLAGS2_PASSTHROUGH;
-	arg.max_stack_depth = STACK_DEPTH;
+	if (offers_passthrough && !(arg.flags & FUSE_WRITEBACK_CACHE)) {
+		arg.flags |= INIT_EXT;
+		arg.flags2 |= FLAGS2_PASSTHROUGH;
+		arg.max_stack_depth = STACK_DEPTH;
+		passthrough = AGREED;
+	}
 	memcpy(body->iov_base, &arg, sizeof(arg));
-	passthrough = AGREED;
 }
 
 static void add_backing_id(const struct iovec *body, int32_t backing_id)
@@ -518,7 +523,8 @@ PyMODINIT_FUNC PyInit__channel(void)
 	if (find_functions() < 0)
 		return NULL;
 	made = PyModule_Create(&module);
-	if (made && (PyModule_AddFunctions(made, grants_methods) < 0 || direct_add(made) < 0 || written_add(made) < 0 ||
+	if (made && (PyModule_AddFunctions(made, grants_methods) < 0 ||
+		     PyModule_AddFunctions(made, reads_methods) < 0 || direct_add(made) < 0 || written_add(made) < 0 ||
 		     PyModule_AddIntConstant(made, "sets_background", SETS_BACKGROUND) < 0))
 		Py_CLEAR(made);
 	return made;

@@ -42,6 +42,13 @@ int send_reply(int device, uint64_t unique, int error, const void *body, size_t 
 /* written.c: answer a request for a file that was made here and is written to; return whether it is answered. */
 int written_answer(int device, const struct fuse_in_header *in, size_t length);
 
+/* Answer a request that was left for later: *result* is bytes or an errno. -1 where nobody waits for it any more, or
+ * with an exception set. */
+int direct_send(int device, uint64_t unique, PyObject *result);
+
+/* reads.c: where READs are answered from now on. */
+void reads_on(int device);
+
 /* receiver.c: as libfuse's, where a thread receives. */
 int receive_from_thread(struct fuse_session *session, struct fuse_buf *buffer);
 
@@ -53,6 +60,6 @@ int start_receiving(int fd, size_t request_bytes);
 
 int is_receiving(void);
 
-extern PyMethodDef grants_methods[];
+extern PyMethodDef grants_methods[], reads_methods[];
 
 #endif

@@ -5,7 +5,8 @@
  * which knows the wire format, gets those kinds first that seldom have to wait for anything:
  *
  *   its callable is given the request and returns the body of the reply, a number (0: done, with nothing to say,
- *   else the errno), LATER, or None: then the request goes the usual way, as if nobody had looked at it.
+ *   else the errno), LATER, TAKEN (reads.c answers it), or None: then the request goes the usual way, as if nobody
+ *   had looked at it.
  *
  * Before that written.c is asked, which answers for files that were made here without Python.
  *
@@ -25,6 +26,7 @@
 
 #define LENGTH_MAX (80 << 10) /* Longer writes are a thread's, see writing.py. */
 #define LATER (-1)
+#define TAKEN (-2)
 #define LATER_NS 500000L /* So long the mover's answer is waited for here: making a file takes it less. */
 #define TAKEN_MAX 64
 
@@ -40,6 +42,7 @@ static int is_direct(uint32_t opcode)
 	case FUSE_LOOKUP:
 	case FUSE_GETATTR:
 	case FUSE_SETATTR:
+	case FUSE_READ:
 	case FUSE_CREATE:
 	case FUSE_WRITE:
 	case FUSE_RELEASE:
@@ -56,17 +59,22 @@ int send_reply(int device, uint64_t unique, int error, const void *body, size_t 
 	return writev(device, pieces, length ? 2 : 1) < 0 ? -1 : 0;
 }
 
-/* *result*: bytes or an errno. It fails where nobody waits for the answer any more, and for what is neither. */
-static int send_result(uint64_t unique, PyObject *result)
+int direct_send(int device, uint64_t unique, PyObject *result)
 {
 	long error;
 
 	if (PyBytes_Check(result))
-		return send_reply(device_fd, unique, 0, PyBytes_AS_STRING(result), (size_t)PyBytes_GET_SIZE(result));
+		return send_reply(device, unique, 0, PyBytes_AS_STRING(result), (size_t)PyBytes_GET_SIZE(result));
 	error = PyLong_AsLong(result);
 	if (PyErr_Occurred())
 		return -1;
-	return send_reply(device_fd, unique, (int)error, NULL, 0);
+	return send_reply(device, unique, (int)error, NULL, 0);
+}
+
+/* A number that means something else than an errno. */
+static int is_number(PyObject *result, long number)
+{
+	return PyLong_Check(result) && PyLong_AsLong(result) == number;
 }
 
 int direct_answer(int device, const void *request, size_t length)
@@ -82,15 +90,16 @@ int direct_answer(int device, const void *request, size_t length)
 	if (written_answer(device, in, length))
 		return 1;
 	device_fd = device;
+	reads_on(device);
 	result = PyObject_CallFunction(answer, "IKKIIy#", in->opcode, (unsigned long long)in->unique,
 				       (unsigned long long)in->nodeid, in->uid, in->gid,
 				       (const char *)(in + 1), (Py_ssize_t)(length - sizeof(*in)));
 	if (!result || result == Py_None)
 		is_answered = 0;
-	else if (PyLong_Check(result) && PyLong_AsLong(result) == LATER)
+	else if (is_number(result, LATER))
 		awaited++;
-	else
-		send_result(in->unique, result);
+	else if (!is_number(result, TAKEN))
+		direct_send(device, in->unique, result);
 	if (PyErr_Occurred())
 		PyErr_WriteUnraisable(answer);
 	Py_XDECREF(result);
@@ -161,7 +170,20 @@ static PyObject *reply(PyObject *self, PyObject *args)
 		return NULL;
 	if (awaited)
 		awaited--;
-	failed = send_result(unique, result);
+	failed = direct_send(device_fd, unique, result);
+	return PyErr_Occurred() ? NULL : PyBool_FromLong(!failed);
+}
+
+static PyObject *reply_read(PyObject *self, PyObject *args)
+{
+	unsigned long long unique;
+	PyObject *result;
+	int failed;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "KO", &unique, &result))
+		return NULL;
+	failed = direct_send(device_fd, unique, result);
 	return PyErr_Occurred() ? NULL : PyBool_FromLong(!failed);
 }
 
@@ -173,12 +195,14 @@ static PyMethodDef methods[] = {
 	 "wait_for_mover(fd): the mover's socket; -1 for none. To be called before it is closed."},
 	{"reply", reply, METH_VARARGS,
 	 "reply(unique, result) -> bool: answer a request that was left for later; False where nobody waits."},
+	{"reply_read", reply_read, METH_VARARGS,
+	 "reply_read(unique, result) -> bool: the same of a READ that was taken, and failed."},
 	{0},
 };
 
 int direct_add(PyObject *module)
 {
-	if (PyModule_AddIntConstant(module, "LATER", LATER) < 0)
+	if (PyModule_AddIntConstant(module, "LATER", LATER) < 0 || PyModule_AddIntConstant(module, "TAKEN", TAKEN) < 0)
 		return -1;
 	return PyModule_AddFunctions(module, methods);
 }

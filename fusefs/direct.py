@@ -17,6 +17,8 @@ import stat
 import struct
 from functools import partial
 
+import trio
+
 from cache import errors
 from cache.client import SocketMoverClient
 from cache.counters import CounterRow
@@ -33,12 +35,13 @@ from fusefs.written import WrittenFiles
 
 log = logging.getLogger(__name__)
 
-LOOKUP, GETATTR, SETATTR, WRITE, RELEASE, CREATE = 1, 3, 4, 16, 18, 35
-_LATER = -1
+LOOKUP, GETATTR, SETATTR, READ, WRITE, RELEASE, CREATE = 1, 3, 4, 15, 16, 18, 35
+_LATER, _TAKEN = -1, -2
 _KEEP_CACHE = 1 << 1  # FOPEN_KEEP_CACHE
 _MODE, _UID, _GID, _MTIME, _HANDLE, _LOCK_OWNER = 1 << 0, 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 9
 _SETS = _MODE | _UID | _GID | _MTIME
 _CREATE_REQUEST = struct.Struct("=IIII")  # flags, mode, umask, open_flags; the name follows.
+_READ_REQUEST = struct.Struct("=QQI")  # fh, offset, size and more.
 _WRITE_REQUEST = struct.Struct("=QQIIQII")  # fh, offset, size and more; the bytes follow.
 _SETATTR_REQUEST = struct.Struct("=IIQQQqqqIIIIIIII")
 _OPEN_REPLY = struct.Struct("=QII")
@@ -46,7 +49,7 @@ _WRITE_REPLY = struct.Struct("=II")
 _HANDLE_ONLY = struct.Struct("=Q")
 _DONE = 0
 
-Result = bytes | int | None  # The reply's body, an errno (0: none), _LATER; None: the usual way.
+Result = bytes | int | None  # The reply's body, an errno (0: none), _LATER, _TAKEN; None: the usual way.
 
 
 class DirectAnswers:
@@ -73,12 +76,17 @@ class DirectAnswers:
         self._counters = counters
         self._owner = owner
         self._written = written
+        self._reads_failed = -1  # A descriptor, readable while `_answer_failed` has something to do.
 
     def start(self) -> None:
         """Have the channel ask here first. Needs the extension."""
         extension = channel.module()
         extension.answer_directly(self.answer, self._mover.receive_nowait)
         self._mover.on_socket = extension.wait_for_mover
+        try:
+            self._reads_failed = extension.start_reads()
+        except OSError as error:
+            log.info("reads are answered by Python: %s", error)
 
     def answer(self, opcode: int, unique: int, inode: int, uid: int, gid: int, body: bytes) -> Result:
         """Return how the request is answered. *inode*: of the file, or of the directory of the name."""
@@ -93,6 +101,8 @@ class DirectAnswers:
         return result
 
     def _answer(self, opcode: int, unique: int, inode: Inode, owner: Owner, body: bytes) -> Result:
+        if opcode == READ:
+            return self._read(unique, inode, body)
         if opcode == WRITE:
             return self._write(body)
         if opcode == LOOKUP:
@@ -222,6 +232,58 @@ class DirectAnswers:
         return pack_attributes(self._shown(entry))
 
     # Content
+
+    def _read(self, unique: int, inode: Inode, body: bytes) -> Result:
+        handle, offset, length = _READ_REQUEST.unpack_from(body)
+        if self._reads_failed < 0 or handle & CONTROL_BIT:
+            return None
+        handle = handle or inode  # Where nothing is opened, there are no handles.
+        hit = self._filesystem.hit(handle, offset, length)
+        if hit is None:
+            return None
+        is_taken = channel.module().read_file(
+            unique,
+            handle,
+            offset,
+            hit.length,
+            hit.path,
+            hit.start,
+            hit.end,
+            hit.checksums,
+            hit.tier.is_memory,
+        )
+        if not is_taken:
+            return None
+        self._filesystem.note_hit(hit)
+        return _TAKEN
+
+    async def answer_failed_reads(self) -> None:
+        """Answer what the channel began to read and could not, the usual way. For ever."""
+        if self._reads_failed < 0:
+            return
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(self._reads_failed)
+                for read in channel.module().failed_reads():
+                    nursery.start_soon(self._read_again, *read)
+
+    async def _read_again(self, unique: int, handle: int, offset: int, length: int) -> None:
+        reply: bytes | int
+        try:
+            reply = bytes(await self._filesystem.read(handle, offset, length))
+        except Exception as error:
+            reply = self._errno_of(error)
+        channel.module().reply_read(unique, reply)
+
+    def _errno_of(self, error: Exception) -> int:
+        """Return the errno of a failed read; count and log it as `guarded` does."""
+        self._counters.add("errors")
+        code = errno_of(error)
+        if not isinstance(error, errors.SluiceError):
+            log.error("a read failed", exc_info=error)
+        elif code == errno.EIO:
+            log.error("read: %s", error)
+        return code
 
     def _write(self, body: bytes) -> Result:
         handle, offset, length, *_ = _WRITE_REQUEST.unpack_from(body)

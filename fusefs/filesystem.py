@@ -12,6 +12,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import trio
 
@@ -46,6 +47,33 @@ _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the
 _USED_BATCH = 128
 _TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often,
 _READS_BATCH = 64  # and of others' when so many have gathered, or before the next miss.
+
+
+@dataclass(slots=True)
+class Hit:
+    """Where the bytes are that a read asks for: in the blocks from *start* to *end* of the file *path*.
+
+    *checksums*: of these blocks, 8 bytes each. *items*: what the eviction policies know them by.
+    """
+
+    inode: Inode
+    node: Node
+    waited: bool
+    offset: int
+    length: int
+    tier: TierFiles
+    path: str
+    start: int
+    end: int
+    checksums: array[int]
+    items: list[bytes]
+
+    @property
+    def source(self) -> str:
+        """Return the name of the counter of its bytes."""
+        if self.waited:
+            return "bytes_lake"
+        return "bytes_dram" if self.tier.is_memory else "bytes_nvme"
 
 
 class Filesystem:
@@ -224,6 +252,52 @@ class Filesystem:
             node = self._node(inode)  # The lake has it by now, and the staging file is gone.
         raise CacheError(f"inode {inode}: its staging file {node.staged:x} is not there")
 
+    def hit(self, handle: int, offset: int, length: int) -> Hit | None:
+        """Return where all bytes of a read are, of an object that the cache has; else None.
+
+        It may leave the cache meanwhile. Once it is read, `note_hit` is to be called.
+        """
+        if not length:
+            return None
+        inode = inode_of(handle)
+        groups = range(offset // GROUP_BYTES, (offset + length - 1) // GROUP_BYTES + 1)
+        found = self._index.content(inode, groups)
+        if found is None or found[0].staged or offset >= found[0].size_bytes:
+            return None
+        node, row, rows = found
+        length = min(length, node.size_bytes - offset)
+        groups = groups[: (offset + length - 1) // GROUP_BYTES - groups.start + 1]
+        first, last = offset // BLOCK_BYTES, (offset + length - 1) // BLOCK_BYTES
+        checksums = _expected(rows[: len(groups)], groups, first, last)
+        if checksums is None:
+            return None
+        tier = self._tiers[row.tier]
+        return Hit(
+            inode,
+            node,
+            bool(handle & WAITED_BIT),
+            offset,
+            length,
+            tier,
+            tier.file_path(node.vid, whole=row.whole),
+            first * BLOCK_BYTES,
+            min((last + 1) * BLOCK_BYTES, node.size_bytes),
+            checksums,
+            [] if row.whole else [group_key(node.vid, group) for group in groups],
+        )
+
+    def note_hit(self, hit: Hit) -> None:
+        """Count a read, and note it for the mover."""
+        self._counters.add("reads")
+        self._counters.add(hit.source, hit.length)
+        node = hit.node
+        if hit.items:
+            self._note_used(*hit.items)
+        if self._no_open and not hit.waited and node.vid not in self._used:
+            self._note_file_used(hit.inode, node)
+        if node.size_bytes > SMALL_OBJECT_BYTES_MAX:
+            self._note_read(hit.inode, hit.offset, hit.length)
+
     async def _read_staged(self, number: int, offset: int, length: int) -> Body | None:
         """Return the bytes of a staging file, holes included; None where the file is not there."""
         assert self._staging is not None
@@ -295,7 +369,7 @@ class Filesystem:
             if not self._is_being_made_whole(row, node.vid):
                 await self._drop_bad(node, row, groups, rows, "is gone from the tier")
             return None
-        if block_checksums(body) != expected:
+        if block_checksums(body) != expected.tolist():
             await self._drop_bad(node, row, groups, rows, "does not match its checksum")
             return None
         tier = self._tiers[row.tier]
@@ -390,9 +464,9 @@ def inode_of(handle: int) -> Inode:
     return Inode(handle & (COUNTED_BIT - 1))
 
 
-def _expected(rows: Iterable[Group | None], groups: range, first: int, last: int) -> list[int] | None:
+def _expected(rows: Iterable[Group | None], groups: range, first: int, last: int) -> array[int] | None:
     """Return the checksums of blocks *first* to *last*, or None where one is missing."""
-    checksums: list[int] = []
+    checksums = array("Q")
     for group, row in zip(groups, rows, strict=True):
         if row is None:
             return None

@@ -106,10 +106,13 @@ def equip(
 
 def answer_directly(
     operations: ControlOperations, mover: SocketMoverClient, config: MountConfig, shared: Shared, row: int
-) -> None:
-    """Have what waits for nothing answered without pyfuse3, where the channel extension is there."""
+) -> list[Callable[[], Awaitable[None]]]:
+    """Have what waits for nothing answered without pyfuse3, where the channel extension is there.
+
+    Return what is to run beside it. *row*: of the counters.
+    """
     if channel.module() is None:
-        return
+        return []
     writing, written = operations.writing, None
     if writing is not None and not writing.passes_staged:
         written = writing.written = WrittenFiles(
@@ -122,7 +125,7 @@ def answer_directly(
             lambda inode: mover.tell(Closed(inode)),
             answers_cached=operations.passthrough is not None,
         )
-    DirectAnswers(
+    answers = DirectAnswers(
         operations.filesystem,
         writing,
         operations.control,
@@ -130,7 +133,9 @@ def answer_directly(
         operations.counters,
         (config.uid, config.gid),
         written,
-    ).start()
+    )
+    answers.start()
+    return [answers.answer_failed_reads]
 
 
 async def run_worker(
@@ -158,7 +163,8 @@ async def run_worker(
             nursery.start_soon(mover.run)
             for task in equip(operations, config, index, tiers, mover, shared, row):
                 nursery.start_soon(task)
-            answer_directly(operations, mover, config, shared, row)
+            for task in answer_directly(operations, mover, config, shared, row):
+                nursery.start_soon(task)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
     finally:

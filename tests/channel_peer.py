@@ -1,6 +1,6 @@
 """A small file system on a socket instead of /dev/fuse, for test_45_channel.py to talk to.
 
-    python tests/channel_peer.py FD [passthrough] [grants] [thread]
+    python tests/channel_peer.py FD [passthrough] [grants] [thread] [reads=DIRECTORY]
 
 Inode n opens with backing id n - 100 when that is positive. What `getattr` says of an inode tells
 what the extension has noted: the request's number is the size, the process the owner.
@@ -10,6 +10,9 @@ no (also "withdraw 5", "closed 5");
 `readlink` of an inode shows how many have it open, what the extension answered, what was released here.
 
 With thread, a thread receives the requests after INIT.
+
+With reads, a READ of inode n is one of the file n in the directory; its checksums are those of the file
+n.good. What can't be read right is answered "failed", what is not taken by `read`.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import sys
+from array import array
 from pathlib import Path
+from typing import Any
 
 # Another build of `fusefs._channel` lies in a copy of the package.
 sys.path[:0] = [p for p in (os.environ.get("SLUICE_TEST_CHANNEL"), str(Path(__file__).parents[1])) if p]
@@ -31,8 +37,42 @@ if reason := channel.load():
 import pyfuse3  # noqa: E402
 import trio.lowlevel  # noqa: E402
 
+from cache.model import BLOCK_BYTES, ceil_div  # noqa: E402
+from cache.records import block_checksums  # noqa: E402
 from fusefs.grants import Grants  # noqa: E402
 from fusefs.worker import shake_hands  # noqa: E402
+
+
+class Reads:
+    """Answers READs as a worker does."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.module: Any = channel.module()
+        self.failed = -1
+
+    def start(self) -> None:
+        self.failed = self.module.start_reads()
+        self.module.answer_directly(self.answer, lambda: False)
+
+    def answer(self, opcode: int, unique: int, inode: int, uid: int, gid: int, body: bytes) -> int | None:
+        if opcode != 15:
+            return None
+        handle, offset, length = struct.unpack_from("<QQI", body)
+        good = (self.directory / f"{inode}.good").read_bytes()
+        start, end = offset // BLOCK_BYTES * BLOCK_BYTES, min(len(good), offset + length)
+        end = min(len(good), ceil_div(end, BLOCK_BYTES) * BLOCK_BYTES)
+        checksums = array("Q", block_checksums(good[start:end]))
+        length = min(length, len(good) - offset)
+        path = str(self.directory / str(inode))
+        taken = self.module.read_file(unique, handle, offset, length, path, start, end, checksums, inode == 1)
+        return int(self.module.TAKEN) if taken else None
+
+    async def answer_failed(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.failed)
+            for unique, handle, offset, length in self.module.failed_reads():
+                self.module.reply_read(unique, b"failed %d %d %d" % (handle, offset, length))
 
 
 class Peer(pyfuse3.Operations):
@@ -122,4 +162,17 @@ if "thread" in sys.argv:
     trio.run(shake_hands, peer.initialised)
     assert channel.can_receive_in_thread()
     channel.receive_in_thread()
-trio.run(pyfuse3.main)
+
+
+async def main() -> None:
+    async with trio.open_nursery() as nursery:
+        for argument in sys.argv:
+            if argument.startswith("reads="):
+                reads = Reads(Path(argument[len("reads=") :]))
+                reads.start()
+                nursery.start_soon(reads.answer_failed)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+trio.run(main)
