@@ -13,7 +13,14 @@ import sys
 
 from setuptools import Extension, setup
 
-SOURCES = ["fusefs/channel.c", "fusefs/direct.c", "fusefs/grants.c", "fusefs/reads.c", "fusefs/receiver.c"]
+SOURCES = [
+    "fusefs/channel.c",
+    "fusefs/direct.c",
+    "fusefs/grants.c",
+    "fusefs/reads.c",
+    "fusefs/receiver.c",
+    "fusefs/written.c",
+]
 HEADER = "fusefs/channel.h"
 
 

@@ -65,6 +65,7 @@ class SocketMoverClient:
         self._reader = messages.FrameReader()
         self._socket: socket.socket | None = None  # While there is a connection.
         self._is_writing = False
+        self._room = memoryview(bytearray(_RECEIVE_BYTES))  # So much made anew each time is mapped anew.
         self.on_socket: Callable[[int], None] = _nothing  # Gets its descriptor, and -1 before it is closed.
 
     async def ask(self, request: messages.Request, id: int = 0) -> Answer:
@@ -176,15 +177,15 @@ class SocketMoverClient:
         if self._socket is None:
             return False
         try:
-            chunk = self._socket.recv(_RECEIVE_BYTES)
+            count = self._socket.recv_into(self._room)
         except BlockingIOError:
             return True
         except OSError:
             return False
-        self._take_chunk(chunk)
-        return bool(chunk)  # Its end `_read` will see, too.
+        self._take_chunk(self._room[:count])
+        return count > 0  # Its end `_read` will see, too.
 
-    def _take_chunk(self, chunk: bytes) -> None:
+    def _take_chunk(self, chunk: memoryview) -> None:
         for packed in self._reader.feed(chunk):
             message = messages.decode_from_mover(packed)
             self._heard_s = trio.current_time()

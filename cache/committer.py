@@ -57,6 +57,7 @@ class Committer:
     def __init__(self, index: Index, on_rollback: Callable[[], None] = lambda: None) -> None:
         self._index = index
         self.on_rollback = on_rollback
+        self.on_nodes: Callable[[set[int]], None] = _nothing  # Gets the nodes that a commit has changed.
         self._pending: list[_Waiter[Any]] = []
         self._queued = trio.Event()
         self._hurry = trio.Event()
@@ -137,6 +138,7 @@ class Committer:
             with self._index.write() as writer:
                 for waiter in waiters:
                     waiter.apply(writer)
+            self.on_nodes(writer.changed_nodes)
         except Exception as failure:
             self._fail(waiters, failure)
         for waiter in waiters:
@@ -152,3 +154,7 @@ class Committer:
         for waiter in waiters:
             waiter.error = error
         self.on_rollback()
+
+
+def _nothing(inodes: set[int]) -> None:
+    """Nobody remembers nodes."""

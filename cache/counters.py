@@ -42,7 +42,7 @@ class WriteBudget:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8)
-        self._cell = memoryview(self._memory).cast("Q")
+        self.cell = self._cell = memoryview(self._memory).cast("Q")
         self._cell[0] = (1 << 64) - 1
 
     @property
@@ -59,7 +59,7 @@ class Counters:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self._memory = mmap.mmap(-1, rows * len(NAMES) * 8)
-        self._cells = memoryview(self._memory).cast("Q")
+        self.cells = self._cells = memoryview(self._memory).cast("Q")
 
     def row(self, number: int) -> CounterRow:
         start = number * len(NAMES)
@@ -69,6 +69,10 @@ class Counters:
         width = len(NAMES)
         cells = self._cells.tolist()
         return {name: sum(cells[place::width]) for name, place in _PLACE.items() if name != "pid"}
+
+    def places(self, row: int, *names: str) -> tuple[int, ...]:
+        """Return the width of a row, where *row* begins in `cells`, and where *names* are in each row."""
+        return len(NAMES), row * len(NAMES), *(_PLACE[name] for name in names)
 
     def total(self, name: str) -> int:
         """Return the sum of one counter: cheaper than all `totals`."""

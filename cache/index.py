@@ -273,12 +273,15 @@ class IndexWriter:
         self._next_inode = int.from_bytes(txn.get(b"next_inode", db=dbs["meta"]) or b"\2", "big")
         self._inodes_given = False
         self._changed_directories: set[int] = set()
+        self._entries: dict[int, int] = {}  # By how many entries directories grew: written once, at the end.
+        self._nodes: dict[int, Node] = {}  # As of now, of those that were read or written here.
+        self.changed_nodes: set[int] = set()  # Also those whose path shows something else now.
 
     def finish(self) -> None:
         """Write what goes with the changes: called once, last, by `Index.write`."""
         if self._inodes_given:
             self.set_meta(b"next_inode", self._next_inode.to_bytes(8, "big"))
-        for inode in self._changed_directories:
+        for inode in self._changed_directories.union(self._entries):
             state = self.directory(inode)
             if state is not None:
                 self.set_directory(inode, msgspec.structs.replace(state, changed_at_ns=time.time_ns()))
@@ -291,12 +294,24 @@ class IndexWriter:
             self.put_node(ROOT_INODE, Node(parent=ROOT_INODE, name=b"", kind=KIND_DIRECTORY))
 
     def node(self, inode: int) -> Node | None:
-        packed = self._txn.get(inode_key(inode), db=self._dbs["nodes"])
-        return None if packed is None else decode_node(packed)
+        node = self._nodes.get(inode)
+        if node is None:
+            packed = self._txn.get(inode_key(inode), db=self._dbs["nodes"])
+            if packed is None:
+                return None
+            node = self._nodes[inode] = decode_node(packed)
+        return node
 
     def path_of(self, inode: int) -> bytes:
         """Return what `Index.path_of` does, with the changes of this transaction."""
-        return b"/".join(node.name for node in _nodes_down_to(self._txn, self._dbs["nodes"], inode))
+        names: list[bytes] = []
+        while inode != ROOT_INODE:
+            node = self.node(inode)
+            if node is None:
+                raise CacheError(f"index: inode {inode} has no node")
+            names.append(node.name)
+            inode = node.parent
+        return b"/".join(reversed(names))
 
     def key_of(self, inode: int) -> bytes:
         """Return where the lake has it, or would have it; a directory without a slash at the end."""
@@ -306,11 +321,14 @@ class IndexWriter:
         packed = self._txn.get(child_key(parent, name), db=self._dbs["children"])
         if packed is None:
             return None
-        node = self._txn.get(packed, db=self._dbs["nodes"])
+        inode = as_inode(bytes(packed))
+        node = self.node(inode)
         assert node is not None, (parent, name)
-        return as_inode(bytes(packed)), decode_node(node)
+        return inode, node
 
     def put_node(self, inode: int, node: Node) -> None:
+        self.changed_nodes.add(inode)
+        self._nodes[inode] = node
         self._txn.put(inode_key(inode), encode(node), db=self._dbs["nodes"])
 
     def attach(self, node: Node) -> Inode:
@@ -322,8 +340,10 @@ class IndexWriter:
         key = child_key(node.parent, node.name)
         replaced = self._txn.get(key, db=self._dbs["children"])
         if replaced is not None:
+            self.changed_nodes.add(as_inode(bytes(replaced)))
             self._txn.put(replaced, b"", db=self._dbs["detached"])
         self._txn.put(key, inode_key(inode), db=self._dbs["children"])
+        self._nodes[inode] = node
         self._txn.put(inode_key(inode), encode(node), db=self._dbs["nodes"], append=False)
         return inode
 
@@ -332,6 +352,7 @@ class IndexWriter:
         packed = self._txn.pop(child_key(parent, name), db=self._dbs["children"])
         if packed is not None:
             self._changed_directories.add(parent)
+            self.changed_nodes.add(as_inode(bytes(packed)))
             self._txn.put(packed, b"", db=self._dbs["detached"])
 
     def move(self, inode: int, node: Node) -> None:
@@ -345,12 +366,11 @@ class IndexWriter:
 
     def touch(self, directory: int, now_ns: int, entries: int) -> None:
         """Note that the mount changed a directory's entries, whose number grew by *entries*."""
-        node, state = self.node(directory), self.directory(directory)
+        node = self.node(directory)
         if node is not None:
             self.put_node(directory, msgspec.structs.replace(node, mtime_ns=now_ns))
-        if state is not None and entries:
-            count = max(0, state.entries + entries)
-            self.set_directory(directory, msgspec.structs.replace(state, entries=count))
+        if entries:
+            self._entries[directory] = self._entries.get(directory, 0) + entries
 
     def is_detached(self, inode: int) -> bool:
         return self._txn.get(inode_key(inode), db=self._dbs["detached"]) is not None
@@ -360,6 +380,8 @@ class IndexWriter:
         for child, name in list(self.names(inode)):
             self._txn.delete(child_key(inode, name), db=self._dbs["children"])
             self.forget(child)
+        self.changed_nodes.add(inode)
+        self._nodes.pop(inode, None)
         for db in ("detached", "directories", "nodes"):
             self._txn.delete(inode_key(inode), db=self._dbs[db])
         self.clear_hidden(inode)
@@ -402,11 +424,15 @@ class IndexWriter:
             return bytes(cursor.key()) if cursor.first() else None
 
     def set_directory(self, inode: int, state: DirectoryState) -> None:
+        self._entries.pop(inode, None)
         self._txn.put(inode_key(inode), encode(state), db=self._dbs["directories"])
 
     def directory(self, inode: int) -> DirectoryState | None:
         packed = self._txn.get(inode_key(inode), db=self._dbs["directories"])
-        return None if packed is None else decode_directory(packed)
+        if packed is None:
+            return None
+        state, grown = decode_directory(packed), self._entries.get(inode, 0)
+        return msgspec.structs.replace(state, entries=max(0, state.entries + grown)) if grown else state
 
     def clear_hidden(self, parent: int) -> None:
         prefix = inode_key(parent)

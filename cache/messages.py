@@ -307,7 +307,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, chunk: bytes) -> list[bytes]:
+    def feed(self, chunk: bytes | memoryview) -> list[bytes]:
         """Return the frames that are complete now. Raises ValueError on a frame over the limit."""
         self._buffer += chunk
         frames: list[bytes] = []

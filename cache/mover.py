@@ -372,6 +372,8 @@ async def run_mover(
         else:
             store_id = read_store_id(config.index_directory)
             ledger = open_ledger(config.index_directory, store_id, index, table, first=first)
+            committer.on_nodes = shared.opens.generations.changed
+            shared.opens.generations.begin()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
             fetcher = Fetcher(

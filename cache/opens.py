@@ -35,6 +35,8 @@ from enum import Enum
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
+from cache.generations import Generations
+
 BUCKETS = 4096
 # Of as many requests the table knows whether they were counted. A request may wait for the lake, with
 # another worker answering it meanwhile, for as long as half a million others are answered.
@@ -60,6 +62,9 @@ _WRITERS_SHIFT, _BACKING_SHIFT = 20, 32
 BACKING_ID_MAX = (1 << 31) - 1
 _ANSWERED_CACHED = 1 << 63
 _MAPPED_CELLS = 1 << 16
+
+# For fusefs/written.c, which changes entries, too.
+LAYOUT = (REQUESTS, _FIRST_BUCKET, BUCKETS, _WORDS, _KEYS, _SLOTS)
 
 
 class Mode(Enum):
@@ -105,13 +110,15 @@ class OpenTable:
     def __init__(self, grants: Grants | None = None) -> None:
         self._grants = grants
         size_bytes = 8 * (_FIRST_BUCKET + BUCKETS * _WORDS)
-        self._fd = os.memfd_create("sluice-opens", os.MFD_CLOEXEC)
+        self.fd = self._fd = os.memfd_create("sluice-opens", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, size_bytes)  # Pages that nobody touches take no memory.
-        self._cells = memoryview(mmap.mmap(self._fd, size_bytes)).cast("Q")
+        self.cells = self._cells = memoryview(mmap.mmap(self._fd, size_bytes)).cast("Q")
         # A record lock is the process's: it does not hold off that process's other threads.
         self._thread_lock = threading.Lock()
         self._holder = 0
+        self.is_held = bytearray(1)  # Whether a thread of this process has the lock: for fusefs/written.c.
         self._mapped = mmap.mmap(-1, _MAPPED_CELLS)
+        self.generations = Generations()
 
     def opened(self, inode: int, *, writing: bool = False, request: int = 0) -> OpenState:
         """Count one more open; return the state with it. *request*: see `Held.opened`."""
@@ -207,10 +214,11 @@ class OpenTable:
         assert self._holder != threading.get_ident(), "one inode at a time"
         self._thread_lock.acquire()
         self._holder = threading.get_ident()
+        self.is_held[0] = 1
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, base)
         except BaseException:
-            self._holder = 0
+            self._holder = self.is_held[0] = 0
             self._thread_lock.release()
             raise
         self._finish(base)
@@ -219,7 +227,7 @@ class OpenTable:
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, base)
         finally:
-            self._holder = 0
+            self._holder = self.is_held[0] = 0
             self._thread_lock.release()
 
     @contextmanager

@@ -299,8 +299,11 @@ class PendingTable:
         return seq
 
     def replace(self, w: IndexWriter, seq: int, row: Pending) -> None:
-        self._drop(seq)
-        self._put(seq, row)
+        if _is_same_place(self.rows.get(seq), row):
+            self._renew(seq, row)
+        else:
+            self._drop(seq)
+            self._put(seq, row)
         w.put_pending(seq, encode_pending(row))
         self._note(seq, row)
 
@@ -324,6 +327,12 @@ class PendingTable:
             yield watch
         finally:
             self._watches.discard(watch)
+
+    def _renew(self, seq: int, row: Pending) -> None:
+        """Do what `_drop` and `_put` do where only what the row says changes, not what it is found by."""
+        self.rows[seq] = row
+        for watch in self._watches:
+            watch.note(row)
 
     def _put(self, seq: int, row: Pending) -> None:
         self.rows[seq] = row
@@ -459,6 +468,13 @@ class PendingTable:
 def path_of(row: Pending) -> bytes | None:
     """Return the path that the row stands for, None for one that stands for none."""
     return None if isinstance(row, Delete | Orphan) else row.path
+
+
+def _is_same_place(old: Pending | None, row: Pending) -> bool:
+    """Return whether both are Puts of one inode, path and key: that is how most rows change."""
+    if not isinstance(old, Put) or not isinstance(row, Put):
+        return False
+    return old.inode == row.inode and old.path == row.path and old.kind == row.kind
 
 
 def touched_trees(row: Pending) -> tuple[bytes, ...]:

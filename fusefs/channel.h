@@ -34,6 +34,13 @@ int direct_wait(int session_fd, long linger_ns);
 
 /* Add to the module what Python calls; return 0, or -1 with an exception set. */
 int direct_add(PyObject *module);
+int written_add(PyObject *module);
+
+/* direct.c: return 0, or -1 where nobody waits for the answer any more. */
+int send_reply(int device, uint64_t unique, int error, const void *body, size_t length);
+
+/* written.c: answer a request for a file that was made here and is written to; return whether it is answered. */
+int written_answer(int device, const struct fuse_in_header *in, size_t length);
 
 /* Answer a request that was left for later: *result* is bytes or an errno. -1 where nobody waits for it any more, or
  * with an exception set. */

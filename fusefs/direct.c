@@ -8,6 +8,8 @@
  *   else the errno), LATER, TAKEN (reads.c answers it), or None: then the request goes the usual way, as if nobody
  *   had looked at it.
  *
+ * Before that written.c is asked, which answers for files that were made here without Python.
+ *
  * After LATER the reply is given with reply(). What it waits for comes from the mover: its socket is
  * waited for here beside the device, and what arrives there is taken by a second callable, again without trio. While
  * an answer is on its way, or requests come one upon the other, the next is waited for here: see channel.c.
@@ -49,7 +51,7 @@ static int is_direct(uint32_t opcode)
 	return 0;
 }
 
-static int send_reply(int device, uint64_t unique, int error, const void *body, size_t length)
+int send_reply(int device, uint64_t unique, int error, const void *body, size_t length)
 {
 	struct fuse_out_header out = {(uint32_t)(sizeof(out) + length), -error, unique};
 	struct iovec pieces[] = {{&out, sizeof(out)}, {(void *)body, length}};
@@ -85,6 +87,8 @@ int direct_answer(int device, const void *request, size_t length)
 		return 0;
 	if (!is_direct(in->opcode) || (in->unique & UNIQUE_RESEND))
 		return 0;
+	if (written_answer(device, in, length))
+		return 1;
 	device_fd = device;
 	reads_on(device);
 	result = PyObject_CallFunction(answer, "IKKIIy#", in->opcode, (unsigned long long)in->unique,

@@ -26,11 +26,12 @@ from cache.messages import Answer, SetAttributes
 from cache.model import NAME_BYTES_MAX, Inode
 from fusefs import channel
 from fusefs.control import CONTROL_BIT, ControlDirectory
-from fusefs.filesystem import Filesystem
+from fusefs.filesystem import WRITING_BIT, Filesystem
 from fusefs.guarding import errno_of
 from fusefs.namespace import Entry
 from fusefs.replies import Plain, pack_absent, pack_attributes, pack_entry, plain_attributes_of
 from fusefs.writing import Owner, Writing
+from fusefs.written import WrittenFiles
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ Result = bytes | int | None  # The reply's body, an errno (0: none), _LATER, _TA
 
 
 class DirectAnswers:
-    """*writing*: None on read-only mounts. *owner*: uid and gid of what has no attributes of its own."""
+    """*writing*: None on read-only mounts. *owner*: uid and gid of what has no attributes of its own.
+
+    *written*: gets the files that are made here. None: Python answers for them.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class DirectAnswers:
         mover: SocketMoverClient,
         counters: CounterRow,
         owner: tuple[int, int],
+        written: WrittenFiles | None = None,
     ) -> None:
         self._filesystem = filesystem
         self._namespace = filesystem.namespace
@@ -70,6 +75,7 @@ class DirectAnswers:
         self._mover = mover
         self._counters = counters
         self._owner = owner
+        self._written = written
         self._reads_failed = -1  # A descriptor, readable while `_answer_failed` has something to do.
 
     def start(self) -> None:
@@ -137,8 +143,13 @@ class DirectAnswers:
         try:
             reply: Result = self._failed(answer, flags)
             if not answer.error:
-                handle = writing.created(Inode(answer.value), unique)
-                reply = self._opened_reply(Inode(answer.value), handle)
+                inode = Inode(answer.value)
+                handle = inode | WRITING_BIT
+                reply = self._written.made(inode, unique) if self._written is not None else None
+                if reply is None:
+                    handle = writing.created(inode, unique)
+                    reply = self._opened_reply(inode, handle)
+                self._counters.add("opens")
         except Exception:  # What it failed at is met again by whoever opens the file.
             log.exception("a file was made, and can't be opened")
             reply = errno.EIO
@@ -162,7 +173,6 @@ class DirectAnswers:
         return code
 
     def _opened_reply(self, inode: Inode, handle: int) -> bytes:
-        self._counters.add("opens")
         entry = self._namespace.own_entry(inode)
         if entry is None:
             raise errors.ObjectMissing(f"inode {inode} is not known")

@@ -12,6 +12,7 @@ import trio
 from cache.client import MoverClient, SocketMoverClient
 from cache.config import MountConfig
 from cache.index import Index
+from cache.messages import Closed
 from cache.policy.freshness import Freshness
 from cache.staging import StagingFiles
 from cache.tier import TierFiles
@@ -25,6 +26,7 @@ from fusefs.namespace import Namespace
 from fusefs.shared import Shared
 from fusefs.write_gate import WriteGate
 from fusefs.writing import Writing
+from fusefs.written import WrittenFiles
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +105,34 @@ def equip(
 
 
 def answer_directly(
-    operations: ControlOperations, mover: SocketMoverClient, owner: tuple[int, int]
+    operations: ControlOperations, mover: SocketMoverClient, config: MountConfig, shared: Shared, row: int
 ) -> list[Callable[[], Awaitable[None]]]:
     """Have what waits for nothing answered without pyfuse3, where the channel extension is there.
 
-    Return what is to run beside it.
+    Return what is to run beside it. *row*: of the counters.
     """
     if channel.module() is None:
         return []
+    writing, written = operations.writing, None
+    if writing is not None and not writing.passes_staged:
+        written = writing.written = WrittenFiles(
+            operations.filesystem.namespace,
+            writing.staging,
+            shared.opens,
+            shared.counters,
+            row,
+            shared.budget,
+            lambda inode: mover.tell(Closed(inode)),
+            answers_cached=operations.passthrough is not None,
+        )
     answers = DirectAnswers(
-        operations.filesystem, operations.writing, operations.control, mover, operations.counters, owner
+        operations.filesystem,
+        writing,
+        operations.control,
+        mover,
+        operations.counters,
+        (config.uid, config.gid),
+        written,
     )
     answers.start()
     return [answers.answer_failed_reads]
@@ -143,7 +163,7 @@ async def run_worker(
             nursery.start_soon(mover.run)
             for task in equip(operations, config, index, tiers, mover, shared, row):
                 nursery.start_soon(task)
-            for task in answer_directly(operations, mover, (config.uid, config.gid)):
+            for task in answer_directly(operations, mover, config, shared, row):
                 nursery.start_soon(task)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()

@@ -10,7 +10,6 @@ verb that writes either has a handle for writing, or counts itself as one (`_cou
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import stat
@@ -47,13 +46,22 @@ from cache.messages import (
 )
 from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, Inode
 from cache.opens import Mode, OpenTable
-from cache.records import Attributes, Node
-from cache.staging import StagingFiles, as_written, may_say
+from cache.records import Node
+from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
-from fusefs.staged_io import pwrite_all, staging_errors, sync_bytes
+from fusefs.staged_io import (
+    Room,
+    pwrite_all,
+    room_of,
+    set_times,
+    set_while_written,
+    staging_errors,
+    sync_bytes,
+)
 from fusefs.write_gate import WriteGate
+from fusefs.written import WrittenFiles
 
 log = logging.getLogger(__name__)
 
@@ -72,16 +80,6 @@ class Owner:
 
     uid: int
     gid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How much the disk of the staging files has, and how much of it may be written now."""
-
-    total_bytes: int
-    free_bytes: int
-    files: int
-    free_files: int
 
 
 class Writing:
@@ -107,13 +105,14 @@ class Writing:
         self._index = index
         self._mover = mover
         self._filesystem = filesystem
-        self._staging = staging
+        self.staging = staging
         self._opens = opens
         self._passthrough = passthrough
         self.passes_staged = passes_staged and passthrough is not None
         self._staging_device = os.stat(staging.directory).st_dev
         self._gate = gate
         self.durability = durability
+        self.written: WrittenFiles | None = None  # Those for which the channel answers, if it does.
 
     async def change(self, request: Change, id: int) -> Inode:
         """Have the mover carry out *request*; return the inode that it made, if it made one."""
@@ -249,7 +248,7 @@ class Writing:
         if not node.staged:
             return self._clean_file(inode, node)
         try:
-            fd = os.open(self._staging.path(node.staged), os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(self.staging.path(node.staged), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return None  # Cached mode sees to that.
         if flags & os.O_ACCMODE == os.O_RDONLY and os.fstat(fd).st_size < PASSTHROUGH_BYTES_MIN:
@@ -341,7 +340,7 @@ class Writing:
             raise FileTooLarge(f"no object of a lake has more than {OBJECT_BYTES_MAX} bytes")
         await self._gate.enter()
         number = await self._staged(inode_of(handle))
-        with self._staging.held(number) as fd:
+        with self.staging.held(number) as fd:
             if len(body) < _THREAD_BYTES:
                 written = pwrite_all(fd, body, offset)
             else:
@@ -356,7 +355,7 @@ class Writing:
         number = self._node(inode_of(handle)).staged
         if not number:
             return False
-        with self._staging.held(number) as fd:
+        with self.staging.held(number) as fd:
             if pwrite_all(fd, body, offset) < len(body):
                 return False
         self._gate.wrote(len(body))
@@ -383,7 +382,7 @@ class Writing:
         node = self._node(inode)  # Of a staged file its size is not the one that the file has now.
         kept_bytes = size_bytes if node.staged else min(size_bytes, node.size_bytes)
         number = await self._stage(inode, kept_bytes)
-        with self._staging.held(number) as fd, staging_errors():
+        with self.staging.held(number) as fd, staging_errors():
             if os.fstat(fd).st_size - size_bytes < _CUT_IN_THREAD_BYTES:
                 os.ftruncate(fd, size_bytes)
             else:
@@ -410,7 +409,7 @@ class Writing:
             if number == 0:
                 break
             try:
-                with self._staging.held(number) as fd:
+                with self.staging.held(number) as fd:
                     length = await trio.to_thread.run_sync(sync_bytes, fd)
                 break
             except CacheError as error:
@@ -436,7 +435,7 @@ class Writing:
         if request.atime_ns is not None or request.mtime_ns is not None:
             _, staged = self._filesystem.settled(inode, self._node(inode))
             if staged is not None:
-                self._set_times(self._node(inode).staged, staged, request)
+                set_times(self.staging, self._node(inode).staged, staged, request)
 
     def set_attributes_nowait(self, request: SetAttributes) -> bool:
         """Set a staging file's mtime and mode, and with them its ctime, where that is all there is to do.
@@ -453,25 +452,7 @@ class Writing:
             if not (held.state.writers and node.staged and node.attributes):
                 return False
             with staging_errors():
-                return self._set_while_written(node.staged, node.attributes, request)
-
-    def _set_while_written(self, number: int, own: Attributes, request: SetAttributes) -> bool:
-        status = os.stat(self._staging.path(number))
-        own = as_written(own, status)
-        if request.uid not in (None, own.uid) or request.gid not in (None, own.gid):
-            return False
-        if request.mode is not None and request.mode != own.mode:
-            if not may_say(request.mode):
-                return False
-            self._staging.set_mode(number, request.mode)
-        self._set_times(number, status, request)
-        return True
-
-    def _set_times(self, number: int, now: os.stat_result, request: SetAttributes) -> None:
-        atime_ns = now.st_atime_ns if request.atime_ns is None else request.atime_ns
-        mtime_ns = now.st_mtime_ns if request.mtime_ns is None else request.mtime_ns
-        with staging_errors(), contextlib.suppress(FileNotFoundError):  # The lake has it by now.
-            os.utime(self._staging.path(number), ns=(atime_ns, mtime_ns))
+                return set_while_written(self.staging, node.staged, node.attributes, request)
 
     def xattr(self, inode: Inode, name: bytes) -> bytes:
         """Return the value. Raises AttributeMissing."""
@@ -496,17 +477,16 @@ class Writing:
 
     def room(self) -> Room:
         """Return what df(1) shows. Raises CacheError."""
-        with staging_errors():
-            disk = os.statvfs(self._staging.directory)
-        free_bytes = min(disk.f_bavail * disk.f_frsize, self._gate.room_bytes)
-        return Room(disk.f_blocks * disk.f_frsize, free_bytes, disk.f_files, disk.f_favail)
+        return room_of(self.staging, self._gate.room_bytes)
 
     async def release_descriptors_regularly(self) -> None:
         """Give the space of files free that are gone but for our descriptors, for ever."""
         while True:
             await trio.sleep(1.0)
-            self._staging.release_removed()
-            self._staging.release_idle()
+            self.staging.release_removed()
+            self.staging.release_idle()
+            if self.written is not None:
+                self.written.drop_closed()
 
 
 def _check_name(name: bytes) -> None:

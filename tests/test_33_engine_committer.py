@@ -19,6 +19,8 @@ from cache.committer import Change, Committer
 from cache.engine import Engine
 from cache.errors import CacheError, NameExists, SluiceError
 from cache.index import Index, IndexWriter
+from cache.model import KIND_FILE, ROOT_INODE, Inode
+from cache.records import DirectoryState, Node
 
 _WAIT_S = 30.0
 
@@ -399,4 +401,62 @@ async def test_a_commit_tells_what_became_of_it(tmp_path: Path) -> None:
     committer.flush()
     assert told[0] is None and isinstance(told[1], NameExists)
     assert (index.meta(b"lake"), index.meta(b"boot")) == (b"1", b"2")
+    index.close()
+
+
+async def test_a_commit_says_which_nodes_it_changed_and_a_failed_one_says_nothing(tmp_path: Path) -> None:
+    index = Index(tmp_path)
+    committer, told = Committer(index), list[set[int]]()
+    committer.on_nodes = lambda inodes: told.append(set(inodes))
+
+    def make(w: IndexWriter) -> Inode:
+        w.add_root()
+        return w.attach(Node(ROOT_INODE, b"a", KIND_FILE))
+
+    one = committer.commit_now(make)
+    told.clear()
+    two = committer.commit_now(lambda w: w.attach(Node(ROOT_INODE, b"a", KIND_FILE, etag="other")))
+    assert one in told.pop()  # The path shows another inode now.
+    committer.commit_now(lambda w: w.move(two, Node(ROOT_INODE, b"b", KIND_FILE)))
+    committer.commit_now(lambda w: w.detach(ROOT_INODE, b"b"))
+    committer.commit_now(lambda w: w.forget(two))
+    committer.commit_now(lambda w: w.touch(ROOT_INODE, 5, 1))
+    assert told == [{two}, {two}, {two}, {ROOT_INODE}]
+
+    def fail(w: IndexWriter) -> None:
+        w.put_node(ROOT_INODE, Node(ROOT_INODE, b"", KIND_FILE))
+        raise ValueError("a fault of ours")
+
+    with pytest.raises(CacheError):
+        committer.commit_now(fail)
+    assert len(told) == 4
+    index.close()
+
+
+def test_a_transaction_shows_what_it_has_changed_so_far(tmp_path: Path) -> None:
+    """Though it keeps the nodes that it has read, and writes a directory's count at its end."""
+    index = Index(tmp_path)
+    with index.write() as w:
+        w.add_root()
+        w.set_directory(ROOT_INODE, DirectoryState(1.0, 3, 1, 0.0))
+    with index.write() as w:
+        inode = w.attach(Node(ROOT_INODE, b"a", KIND_FILE))
+        w.touch(ROOT_INODE, 7, 1)
+        assert w.directory(ROOT_INODE).entries == 4  # type: ignore[union-attr]
+        w.put_node(inode, Node(ROOT_INODE, b"a", KIND_FILE, size_bytes=9))
+        assert w.child(ROOT_INODE, b"a") == (inode, w.node(inode)) and w.path_of(inode) == b"a"
+        w.move(inode, Node(ROOT_INODE, b"b", KIND_FILE, size_bytes=8))
+        assert w.path_of(inode) == b"b" and w.child(ROOT_INODE, b"a") is None
+        w.touch(ROOT_INODE, 8, -1), w.touch(ROOT_INODE, 9, 1)
+        assert index.directory(ROOT_INODE).entries == 3  # type: ignore[union-attr]
+    state, root = index.directory(ROOT_INODE), index.node(ROOT_INODE)
+    assert state is not None and state.entries == 4 and state.changed_at_ns > 0
+    assert root is not None and root.mtime_ns == 9
+    with index.write() as w:
+        w.touch(ROOT_INODE, 10, 1)
+        w.set_directory(ROOT_INODE, DirectoryState(2.0, 50, 1, 0.0))  # A listing counts anew.
+        w.detach(ROOT_INODE, b"b")
+        w.forget(inode)
+        assert w.node(inode) is None
+    assert index.directory(ROOT_INODE).entries == 50  # type: ignore[union-attr]
     index.close()

@@ -501,6 +501,56 @@ def test_mode_owner_and_times_are_kept(work: Path) -> None:
     assert stat.S_IMODE(os.stat(work / "d").st_mode) == 0o4751
 
 
+def test_files_that_are_made_agree_with_the_native_file_system_whatever_is_done_to_them(
+    work: Path, tmp_path: Path
+) -> None:
+    """Each is made, and a few things are done to it while it is open, of which some are the mover's."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    for number in range(150):
+        steps = random.Random(seed + number).choices(
+            list(_STEPS), k=random.Random(seed - number).randrange(9)
+        )
+        ours, theirs = _done(work, number, steps), _done(tmp_path, number, steps)
+        assert ours == theirs, (number, steps)
+
+
+_STEPS: dict[str, Callable[[int, Path], object]] = {
+    "write": lambda fd, path: os.write(fd, b"x" * 1000),
+    "pwrite": lambda fd, path: os.pwrite(fd, b"y" * 10, 5000),
+    "fchmod": lambda fd, path: os.fchmod(fd, 0o711),
+    "fchmod as it is": lambda fd, path: os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode)),
+    "fchmod away": lambda fd, path: os.fchmod(fd, 0o444),
+    "chown": lambda fd, path: os.chown(path, 5, 6),
+    "fchown as it is": lambda fd, path: os.fchown(fd, os.fstat(fd).st_uid, os.fstat(fd).st_gid),
+    "utime": lambda fd, path: os.utime(fd, ns=(os.fstat(fd).st_atime_ns, 1_600_000_000_000_000_005)),
+    "utime by path": lambda fd, path: os.utime(path, ns=(1_500_000_000 * 10**9, 1_500_000_000 * 10**9)),
+    "truncate": lambda fd, path: os.truncate(path, 700),
+    "fsync": lambda fd, path: os.fsync(fd),
+    "open again": lambda fd, path: os.close(os.open(path, os.O_RDWR)),
+    "setxattr": lambda fd, path: os.setxattr(path, "user.a", b"1"),
+    "rename": lambda fd, path: (path.rename(f"{path}-"), Path(f"{path}-").rename(path)),
+}
+
+
+def _done(directory: Path, number: int, steps: list[str]) -> list[object]:
+    """Make a file and do *steps*; return what fstat(2) says in between, and its content after the close."""
+    path, said = directory / f"file{number}", list[object]()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)
+    for step in ("write", *steps):
+        before = os.fstat(fd)
+        _STEPS[step](fd, path)
+        now = os.fstat(fd)
+        mtime_ns = now.st_mtime_ns if now.st_mtime_ns < 1_650_000_000 * 10**9 else 0
+        assert now.st_ctime_ns >= before.st_ctime_ns, step
+        said.append((step, now.st_size, now.st_mode, now.st_uid, now.st_gid, now.st_nlink, mtime_ns))
+    os.close(fd)
+    said.append(path.read_bytes())
+    if number % 3 == 0:
+        path.unlink()
+    return said
+
+
 def test_attributes_of_objects_of_the_lake_are_changed(mount: LiveMount, work: Path) -> None:
     path = mount.directory / "lake/odd"
     os.chmod(path, 0o600)

@@ -1,0 +1,482 @@
+/* Files that this process has made and that are open for writing since: most of what follows, without Python.
+ *
+ * Who unpacks an archive sends, after CREATE, one WRITE, three SETATTR with a GETATTR in between, and RELEASE
+ * for each file. Each of these takes Python 40 to 80 us, most of it for finding out again what CREATE knew:
+ * which staging file it is, who owns it, that somebody writes to it. So written.py notes that here.
+ *
+ * What is noted of a file holds until the mover changes the file's node. The mover then changes the file's
+ * cell of *generations* (cache/generations.py) before anybody hears of the change, and the note is dropped.
+ * As in writing.py what belongs to the file's staging file alone is done here, and what is anything else is
+ * left to Python: nothing has been done then that would be wrong twice.
+ *
+ * Counts are those of cache/opens.py, which says how they are kept: here is the same change, with the same
+ * lock, for the two cases that matter: nobody had the file open, or will have. A process has one such lock for
+ * all of its threads, and none of them is between `_lock` and `_unlock` while *is_held* is 0 and we have the
+ * interpreter lock.
+ *
+ * Called with the interpreter lock, by the main thread. Wire format: linux/fuse.h.
+ */
+#define _GNU_SOURCE
+#include "channel.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define FILES_MAX 256 /* By the lowest bits of the inode: inodes are given out in order. */
+#define WRITING_BIT (UINT64_C(1) << 59) /* Of a file handle, as in filesystem.py. */
+#define WRITE_BYTES_MAX ((64 << 10) - 1) /* As in writing.py. */
+#define OBJECT_BYTES_MAX (INT64_C(5) << 40) /* As in model.py. */
+#define BLOCK_BYTES (1 << 17) /* As in replies.py. */
+#define OWN_MODE 0600 /* Of a staging file that says nothing of the mode, as in staging.py. */
+#define SETS (FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_MTIME)
+/* Of the OpenTable: a bucket's words, an entry's value. */
+enum { PLACE, VALUE, KEY, REQUEST, EXCESS };
+#define READERS_MAX ((UINT64_C(1) << 20) - 1)
+#define WRITERS_SHIFT 20
+#define WRITERS_MAX ((UINT64_C(1) << 12) - 1)
+#define ANSWERED_CACHED (UINT64_C(1) << 63)
+
+struct file {
+	uint64_t inode; /* 0: none. */
+	int fd;
+	uint32_t mode, uid, gid; /* Of the node. */
+	int64_t ctime_ns;
+	uint64_t generation, epoch;
+};
+
+static struct file files[FILES_MAX];
+
+/* Memory that is shared with other processes, but for *is_held*. */
+static struct {
+	Py_buffer opens, is_held, generations, counters, budget;
+} views;
+static uint64_t *opens, *generations, *counters, *budget;
+static int is_set_up, opens_fd;
+static unsigned long long requests, first_bucket, buckets, bucket_words, keys, slots;
+static unsigned long long width, own_row, requests_place, written_place, generation_cells;
+static unsigned long long attributes_valid_s;
+static PyObject *closed;
+
+/* What is noted */
+
+static int is_true_still(const struct file *file)
+{
+	return __atomic_load_n(&generations[file->inode % generation_cells], __ATOMIC_SEQ_CST) == file->generation &&
+	       __atomic_load_n(&generations[generation_cells], __ATOMIC_SEQ_CST) == file->epoch;
+}
+
+static void drop(struct file *file)
+{
+	if (file->inode)
+		close(file->fd);
+	file->inode = 0;
+}
+
+static struct file *file_of(uint64_t inode)
+{
+	struct file *file = &files[inode % FILES_MAX];
+
+	if (!inode || file->inode != inode)
+		return NULL;
+	if (is_true_still(file))
+		return file;
+	drop(file);
+	return NULL;
+}
+
+/* Counts */
+
+static uint64_t bucket_of(uint64_t inode)
+{
+	return first_bucket + (inode ^ inode >> 12) % buckets * bucket_words;
+}
+
+static int set_lock(uint64_t bucket, short kind)
+{
+	struct flock lock = {.l_type = kind, .l_whence = SEEK_SET, .l_start = (off_t)bucket, .l_len = 1};
+
+	return fcntl(opens_fd, F_SETLK, &lock) == 0;
+}
+
+/* Return whether it is locked, which nobody is waited for; a change that was begun is finished by Python. */
+static int lock(uint64_t bucket)
+{
+	if (*(const char *)views.is_held.buf || !set_lock(bucket, F_WRLCK))
+		return 0;
+	if (!opens[bucket + PLACE])
+		return 1;
+	set_lock(bucket, F_UNLCK);
+	return 0;
+}
+
+static void unlock(uint64_t bucket)
+{
+	set_lock(bucket, F_UNLCK);
+}
+
+/* Return where the value of *key*'s entry is, counted from the bucket; for key 0, where one is free; else 0. */
+static uint64_t place_of(uint64_t bucket, uint64_t key)
+{
+	for (uint64_t slot = 0; slot < slots; slot++)
+		if (opens[bucket + keys + slot] == key)
+			return keys + slots + slot;
+	return 0;
+}
+
+static int was_counted(uint64_t request)
+{
+	return request && opens[(request >> 1) % requests] == request;
+}
+
+static void store(uint64_t place, uint64_t value)
+{
+	__atomic_store_n(&opens[place], value, __ATOMIC_SEQ_CST);
+}
+
+/* In three steps, as opens.py does it: whoever comes next finishes what a process that dies has begun. */
+static void change(uint64_t bucket, uint64_t place, uint64_t value, uint64_t key, uint64_t request)
+{
+	store(bucket + VALUE, value);
+	store(bucket + KEY, key);
+	store(bucket + REQUEST, request);
+	store(bucket + PLACE, place);
+	store(bucket + place, value);
+	store(bucket + place - slots, value ? key : 0);
+	if (request)
+		store((request >> 1) % requests, request);
+	store(bucket + PLACE, 0);
+}
+
+/* Count the first open of *inode*, for writing; return whether that was possible. */
+static int count_first(uint64_t inode, uint64_t request, int answered_cached)
+{
+	uint64_t bucket = bucket_of(inode), place = 0;
+
+	if (!lock(bucket))
+		return 0;
+	if (!opens[bucket + EXCESS] && !was_counted(request) && !place_of(bucket, inode))
+		place = place_of(bucket, 0);
+	if (place)
+		change(bucket, place, (UINT64_C(1) << WRITERS_SHIFT) | (answered_cached ? ANSWERED_CACHED : 0), inode,
+		       request);
+	unlock(bucket);
+	return place != 0;
+}
+
+/* Count the close of the only open of *inode*; return whether it was that. */
+static int count_last(uint64_t inode, uint64_t request)
+{
+	uint64_t bucket = bucket_of(inode), place;
+
+	if (!lock(bucket))
+		return 0;
+	place = place_of(bucket, inode);
+	if (opens[bucket + EXCESS] || was_counted(request) || !place ||
+	    (opens[bucket + place] & ~ANSWERED_CACHED) != UINT64_C(1) << WRITERS_SHIFT)
+		place = 0;
+	if (place)
+		change(bucket, place, 0, inode, request);
+	unlock(bucket);
+	return place != 0;
+}
+
+static int has_writers(uint64_t bucket, uint64_t inode)
+{
+	uint64_t place = place_of(bucket, inode);
+
+	return place && (opens[bucket + place] >> WRITERS_SHIFT & WRITERS_MAX);
+}
+
+/* Attributes */
+
+static int64_t as_ns(struct timespec at)
+{
+	return (int64_t)at.tv_sec * 1000000000 + at.tv_nsec;
+}
+
+static uint32_t mode_of(const struct file *file, const struct stat *status)
+{
+	uint32_t said = status->st_mode & 07777;
+
+	return said == OWN_MODE ? file->mode : said;
+}
+
+static struct fuse_attr shown(const struct file *file, const struct stat *status)
+{
+	int64_t ctime_ns = as_ns(status->st_ctim);
+
+	if (ctime_ns < file->ctime_ns)
+		ctime_ns = file->ctime_ns;
+	return (struct fuse_attr){
+		.ino = file->inode,
+		.size = (uint64_t)status->st_size,
+		.blocks = (uint64_t)status->st_blocks,
+		.atime = (uint64_t)status->st_atim.tv_sec,
+		.mtime = (uint64_t)status->st_mtim.tv_sec,
+		.ctime = (uint64_t)(ctime_ns / 1000000000),
+		.atimensec = (uint32_t)status->st_atim.tv_nsec,
+		.mtimensec = (uint32_t)status->st_mtim.tv_nsec,
+		.ctimensec = (uint32_t)(ctime_ns % 1000000000),
+		.mode = S_IFREG | mode_of(file, status),
+		.nlink = 1,
+		.uid = file->uid,
+		.gid = file->gid,
+		.blksize = BLOCK_BYTES,
+	};
+}
+
+static int reply_attributes(int device, uint64_t unique, const struct file *file)
+{
+	struct fuse_attr_out out = {.attr_valid = attributes_valid_s};
+	struct stat status;
+
+	if (fstat(file->fd, &status) < 0)
+		return 0;
+	out.attr = shown(file, &status);
+	send_reply(device, unique, 0, &out, sizeof(out));
+	return 1;
+}
+
+/* A mode that a staging file may have, as in staging.py: we can still use it, and it runs for nobody else. */
+static int may_say(uint32_t mode)
+{
+	return mode != OWN_MODE && (mode & OWN_MODE) == OWN_MODE && !(mode & ~0777u);
+}
+
+/* Do what `Writing._set_while_written` does; return whether that is all there is to do. */
+static int set_while_written(const struct file *file, const struct fuse_setattr_in *arg)
+{
+	struct timespec times[2];
+	struct stat status;
+
+	if (fstat(file->fd, &status) < 0)
+		return 0;
+	if (((arg->valid & FATTR_UID) && arg->uid != file->uid) || ((arg->valid & FATTR_GID) && arg->gid != file->gid))
+		return 0;
+	if ((arg->valid & FATTR_MODE) && (arg->mode & 07777) != mode_of(file, &status) &&
+	    (!may_say(arg->mode & 07777) || fchmod(file->fd, arg->mode & 07777) < 0))
+		return 0;
+	times[0] = status.st_atim, times[1] = status.st_mtim;
+	if (arg->valid & FATTR_MTIME)
+		times[1] = (struct timespec){(time_t)(int64_t)arg->mtime, (long)arg->mtimensec};
+	return futimens(file->fd, times) == 0;
+}
+
+/* Requests: whether they are answered. *body*: what follows the header, *length* bytes. */
+
+static int set_attributes(int device, const struct fuse_in_header *in, const struct file *file, const void *body)
+{
+	uint64_t bucket = bucket_of(file->inode);
+	struct fuse_setattr_in arg;
+	int is_set;
+
+	memcpy(&arg, body, sizeof(arg));
+	if (!(arg.valid & SETS) || (arg.valid & ~(uint32_t)(SETS | FATTR_FH | FATTR_LOCKOWNER)) || !lock(bucket))
+		return 0;
+	is_set = has_writers(bucket, file->inode) && set_while_written(file, &arg); /* No seal comes in between. */
+	unlock(bucket);
+	return is_set && reply_attributes(device, in->unique, file);
+}
+
+static int has_room(void)
+{
+	uint64_t written = 0;
+
+	for (uint64_t place = written_place; place < (uint64_t)views.counters.len / 8; place += width)
+		written += counters[place];
+	return written < *budget;
+}
+
+static int write_all(int fd, const char *bytes, size_t length, off_t offset)
+{
+	ssize_t count = 0;
+
+	Py_BEGIN_ALLOW_THREADS
+	while (length && (count = pwrite(fd, bytes, length, offset)) > 0)
+		bytes += count, length -= (size_t)count, offset += count;
+	Py_END_ALLOW_THREADS
+	return length == 0;
+}
+
+static int write_bytes(int device, const struct fuse_in_header *in, const struct file *file, const char *body,
+		       size_t length)
+{
+	struct fuse_write_out out = {0};
+	struct fuse_write_in arg;
+
+	memcpy(&arg, body, sizeof(arg));
+	if (arg.fh != (in->nodeid | WRITING_BIT) || arg.size > length - sizeof(arg) || arg.size > WRITE_BYTES_MAX ||
+	    arg.offset > OBJECT_BYTES_MAX - WRITE_BYTES_MAX || !has_room())
+		return 0;
+	if (!write_all(file->fd, body + sizeof(arg), arg.size, (off_t)arg.offset))
+		return 0; /* Python says what is wrong. */
+	counters[own_row + written_place] += arg.size;
+	out.size = arg.size;
+	send_reply(device, in->unique, 0, &out, sizeof(out));
+	return 1;
+}
+
+static int release(int device, const struct fuse_in_header *in, struct file *file, const void *body)
+{
+	struct fuse_release_in arg;
+	PyObject *result;
+
+	memcpy(&arg, body, sizeof(arg));
+	if (arg.fh != (in->nodeid | WRITING_BIT) || !count_last(in->nodeid, in->unique))
+		return 0;
+	drop(file);
+	send_reply(device, in->unique, 0, NULL, 0);
+	result = PyObject_CallFunction(closed, "K", (unsigned long long)in->nodeid);
+	if (!result)
+		PyErr_WriteUnraisable(closed);
+	Py_XDECREF(result);
+	return 1;
+}
+
+static int answer(int device, const struct fuse_in_header *in, struct file *file, const char *body, size_t length)
+{
+	switch (in->opcode) {
+	case FUSE_GETATTR:
+		return reply_attributes(device, in->unique, file);
+	case FUSE_SETATTR:
+		return length >= sizeof(struct fuse_setattr_in) && set_attributes(device, in, file, body);
+	case FUSE_WRITE:
+		return length >= sizeof(struct fuse_write_in) && write_bytes(device, in, file, body, length);
+	case FUSE_RELEASE:
+		return length >= sizeof(struct fuse_release_in) && release(device, in, file, body);
+	}
+	return 0;
+}
+
+int written_answer(int device, const struct fuse_in_header *in, size_t length)
+{
+	struct file *file = is_set_up ? file_of(in->nodeid) : NULL;
+
+	if (!file || !answer(device, in, file, (const char *)(in + 1), length - sizeof(*in)))
+		return 0;
+	counters[own_row + requests_place]++;
+	return 1;
+}
+
+/* What Python calls */
+
+/* For tests, which set it up several times. */
+static void forget_all(void)
+{
+	if (!is_set_up)
+		return;
+	is_set_up = 0;
+	for (struct file *file = files; file < files + FILES_MAX; file++)
+		drop(file);
+	PyBuffer_Release(&views.opens), PyBuffer_Release(&views.is_held), PyBuffer_Release(&views.generations);
+	PyBuffer_Release(&views.counters), PyBuffer_Release(&views.budget);
+	Py_CLEAR(closed);
+}
+
+static PyObject *set_up_written(PyObject *self, PyObject *args)
+{
+	PyObject *closing;
+
+	(void)self;
+	forget_all();
+	if (!PyArg_ParseTuple(args, "w*iw*(KKKKKK)w*w*(KKKK)w*KO", &views.opens, &opens_fd, &views.is_held, &requests,
+			      &first_bucket, &buckets, &bucket_words, &keys, &slots, &views.generations,
+			      &views.counters, &width, &own_row, &requests_place, &written_place, &views.budget,
+			      &attributes_valid_s, &closing))
+		return NULL;
+	opens = views.opens.buf, generations = views.generations.buf;
+	counters = views.counters.buf, budget = views.budget.buf;
+	generation_cells = (uint64_t)views.generations.len / 8 - 1; /* The last is the epoch. */
+	closed = Py_NewRef(closing);
+	is_set_up = 1;
+	Py_RETURN_NONE;
+}
+
+static PyObject *entry_reply(const struct file *file, double valid_s)
+{
+	struct {
+		struct fuse_entry_out entry;
+		struct open_out open;
+	} out = {.open = {file->inode | WRITING_BIT, FOPEN_KEEP_CACHE, 0}};
+	struct stat status;
+
+	if (fstat(file->fd, &status) < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	out.entry.nodeid = file->inode;
+	out.entry.entry_valid = (uint64_t)valid_s;
+	out.entry.entry_valid_nsec = (uint32_t)((valid_s - (double)out.entry.entry_valid) * 1e9);
+	out.entry.attr_valid = attributes_valid_s;
+	out.entry.attr = shown(file, &status);
+	return PyBytes_FromStringAndSize((const char *)&out, sizeof(out));
+}
+
+static PyObject *made(PyObject *self, PyObject *args)
+{
+	struct file file = {0};
+	unsigned long long inode, request, generation, epoch;
+	long long ctime_ns;
+	const char *path;
+	double valid_s;
+	int answered_cached;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "KKsIIIL(KK)pd", &inode, &request, &path, &file.mode, &file.uid, &file.gid, &ctime_ns,
+			      &generation, &epoch, &answered_cached, &valid_s))
+		return NULL;
+	file.inode = inode, file.ctime_ns = ctime_ns, file.generation = generation, file.epoch = epoch;
+	if (!is_set_up || (file.fd = open(path, O_RDWR | O_CLOEXEC)) < 0)
+		Py_RETURN_NONE;
+	if (!count_first(inode, request, answered_cached)) {
+		close(file.fd);
+		Py_RETURN_NONE;
+	}
+	drop(&files[inode % FILES_MAX]);
+	files[inode % FILES_MAX] = file;
+	return entry_reply(&file, valid_s);
+}
+
+/* What another worker closed, or the mover has changed, is kept open by nobody else. */
+static PyObject *drop_closed(PyObject *self, PyObject *unused)
+{
+	(void)self, (void)unused;
+	for (struct file *file = files; file < files + FILES_MAX; file++)
+		if (file->inode && (!is_true_still(file) || !has_writers(bucket_of(file->inode), file->inode)))
+			drop(file);
+	Py_RETURN_NONE;
+}
+
+static PyObject *answer_written(PyObject *self, PyObject *args)
+{
+	struct fuse_in_header in;
+	Py_buffer request;
+	int device, is_answered;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "iy*", &device, &request))
+		return NULL;
+	is_answered = (size_t)request.len >= sizeof(in) && written_answer(device, request.buf, (size_t)request.len);
+	PyBuffer_Release(&request);
+	return PyBool_FromLong(is_answered);
+}
+
+static PyMethodDef methods[] = {
+	{"set_up_written", set_up_written, METH_VARARGS,
+	 "set_up_written(opens, fd, is_held, layout, generations, counters, places, budget, valid_s, closed).\n\n"
+	 "*closed* is called with the inode whose last open was counted off here."},
+	{"made", made, METH_VARARGS,
+	 "made(inode, request, path, mode, uid, gid, ctime_ns, generation, answered_cached, valid_s) -> bytes | None:\n\n"
+	 "Count the first open of a file that was just made, and answer for it from now on. Return what its CREATE\n"
+	 "is answered with; None, with nothing counted, where that is for Python."},
+	{"answer_written", answer_written, METH_VARARGS,
+	 "answer_written(device, request) -> bool: answer it as if it had come from the kernel. For tests."},
+	{"drop_closed", drop_closed, METH_NOARGS, "Close the descriptors of files that are not written to any more."},
+	{0},
+};
+
+int written_add(PyObject *module)
+{
+	return PyModule_AddFunctions(module, methods);
+}
