@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import trio
 
+from cache import shielded
 from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
@@ -17,6 +18,7 @@ from cache.model import VersionId
 from cache.places import Tier, remove
 from cache.placing import DRAM_KEPT_SHARE, Placing
 from cache.policy.eviction import ItemId
+from cache.records import VersionRow
 from cache.room import Room
 from cache.rows import change
 from cache.sparse import SparseVersions
@@ -60,12 +62,16 @@ class Demotion:
         """Free about *need_bytes* of any tier; return whether anything came free. Holds its room_lock."""
         if not self._tiers[place].files.is_memory:
             return await self._leaving.make_room(place, need_bytes)
-        victims = self._leaving.victims(place, need_bytes)
-        if await self.demote(place, victims) > 0:
-            return True
-        # What is being filled can't move, but what of it is not filled right now can leave.
-        alone = [item for item in victims if item[:16] in self._busy]
-        return await self._leaving.evict_groups(place, alone) > 0
+        stuck: set[bytes] = set()
+        while victims := self._leaving.victims(place, need_bytes, stuck):
+            if await self.demote(place, victims) > 0:
+                return True
+            # What is being filled can't move, but what of it is not filled right now can leave.
+            alone = [item for item in victims if item[:16] in self._busy]
+            if await self._leaving.evict_groups(place, alone) > 0:
+                return True
+            stuck.update(item[:16] for item in victims)  # Pinned, say, and no disk has room for it.
+        return False
 
     async def demote(self, place: int, items: list[ItemId]) -> int:
         """Move the versions of *items* from DRAM to NVMe, all that is there of each.
@@ -113,43 +119,70 @@ class Demotion:
         What would push out there what is still needed leaves instead, unless it was asked for.
         """
         source, row = self._tiers[place], self._index.version(vid)
-        if row is None or row.tier != place or vid in self._busy:
+        if row is None or row.tier != place or self._leaving.has_to_stay(vid):
             return 0
         with self._busy.moved([vid]):
-            groups = self._index.groups_of(vid)
-            sizes = {item: source.policy.size_of(item) or 0 for item in items_of(vid, row, groups)}
-            charged = sum(sizes.values())
-            may_leave = target_place is None and not source.is_pinned(vid)
-            target_place = self._placing.emptiest_disk(charged) if target_place is None else target_place
-            target = self._tiers[target_place]
-            label_bytes = (target.files.label_bytes - source.files.label_bytes) if row.whole else 0
-            expected = {item: next for item in sizes if (next := source.policy.next_of(item)) is not None}
-            is_expected = any(not next.later for next in expected.values())
-            if may_leave and not is_expected and target.is_all_expected(charged + label_bytes):
-                return await self._leaving.evict_held(place, list(sizes))
-            await room.reserve(target_place, charged + label_bytes)
-            try:
-                await self._disk_engine.run(
-                    lambda: target.files.copy_from(source.files, row, vid, groups), demand=False
-                )
-                await self._committer.commit(lambda w: change(w, vid, tier=target_place))
-            except BaseException as error:
-                if isinstance(error, CacheError):
-                    await self._disk_engine.run(lambda: remove(target.files, vid), demand=False)
+            items = items_of(vid, row, self._index.groups_of(vid))
+            charged = sum(source.policy.size_of(item) or 0 for item in items)
+
+            def choose() -> int:
+                return self._placing.emptiest_disk(charged) if target_place is None else target_place
+
+            def charge_at(target: Tier) -> int:
+                return charged + (target.files.label_bytes - source.files.label_bytes if row.whole else 0)
+
+            if target_place is None and not source.is_pinned(vid) and not _is_expected(source, items):
+                target = self._tiers[choose()]
+                if target.is_all_expected(charge_at(target)):
+                    return await self._leaving.evict_held(place, items)
+            chosen = await room.find(choose, charge_at)
+            return await self._carry(place, chosen, vid, row, items)
+
+    async def _carry(
+        self, place: int, target_place: int, vid: VersionId, row: VersionRow, items: list[ItemId]
+    ) -> int:
+        """Copy a version to where room was taken for it; return the bytes that came free, 0 if it stays."""
+        source, target = self._tiers[place], self._tiers[target_place]
+        sizes = {item: source.policy.size_of(item) or 0 for item in items}
+        label_bytes = (target.files.label_bytes - source.files.label_bytes) if row.whole else 0
+        charged, groups = sum(sizes.values()), self._index.groups_of(vid)
+        is_moved = False
+        try:
+            await shielded.run(
+                self._disk_engine,
+                lambda: target.files.copy_from(source.files, row, vid, groups),
+                demand=False,
+            )
+            await shielded.commit(self._committer, lambda w: change(w, vid, tier=target_place))
+            is_moved = not await self._is_kept_open(vid, place)
+        finally:
+            if not is_moved:
+                await shielded.run(self._disk_engine, lambda: remove(target.files, vid), demand=False)
                 target.budget.give_back(charged + label_bytes)
-                raise
-            if vid in self._sparse:
-                self._sparse[vid].tier = target_place
-            await self._disk_engine.run(lambda: remove(source.files, vid), demand=False)
-            for item, size_bytes in sizes.items():
-                used = item not in expected and not source.policy.is_wanted(item)
-                source.policy.removed(item)
-                target.added(item, size_bytes + label_bytes, used=used)
-                if item in expected:
-                    target.policy.expect(item, expected[item])
-            source.budget.give_back(charged)
+        if not is_moved:
+            return 0
+        if vid in self._sparse:
+            self._sparse[vid].tier = target_place
+        await shielded.run(self._disk_engine, lambda: remove(source.files, vid), demand=False)
+        for item, size_bytes in sizes.items():
+            _hand_on(source, target, item, size_bytes + label_bytes)
+        source.budget.give_back(charged)
         self.demoted_bytes += charged
         return charged
+
+    async def _is_kept_open(self, vid: bytes, place: int) -> bool:
+        """Take the commit of a move back if the kernel opened the file in *place* before it.
+
+        Unlinked, it would take space that is not charged. Return whether it was taken back.
+        """
+        if not self._leaving.is_open(vid):
+            return False
+        try:
+            await shielded.commit(self._committer, lambda w: change(w, vid, tier=place))
+        except CacheError as error:
+            log.warning("%s moved while it was opened: %s", vid.hex(), error)
+            return False
+        return True
 
     # DRAM's low-water mark
 
@@ -182,3 +215,18 @@ class Demotion:
             async with tier.room_lock:
                 await self.demote(0, items[start : start + _DRAIN_STEP])
             yield self.demoted_bytes - before, total
+
+
+def _is_expected(tier: Tier, items: list[ItemId]) -> bool:
+    """Return whether a running epoch will use some of *items*."""
+    return any(next is not None and not next.later for next in map(tier.policy.next_of, items))
+
+
+def _hand_on(source: Tier, target: Tier, item: ItemId, size_bytes: int) -> None:
+    """Have *target*'s policy know of *item* what *source*'s does by now."""
+    next = source.policy.next_of(item)
+    used = next is None and not source.policy.is_wanted(item)
+    source.policy.removed(item)
+    target.added(item, size_bytes, used=used)
+    if next is not None:
+        target.policy.expect(item, next)

@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import trio
-
+from cache import shielded
 from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
@@ -84,13 +83,11 @@ class Exchange:
         that the file is still the version. The caller unlinks *path*.
         """
         vid, place = version.id, self._place_beside(path)
-        if await self._unverified.settled(vid) or place is None or self._index.version(vid) is not None:
+        if place is None or await self._is_there(vid):
             return commit(None)
-        with self._busy.used(vid):
-            files, charged = (
-                self._tiers[place].files,
-                self._tiers[place].files.whole_bytes(version.size_bytes),
-            )
+        with self._busy.moved([vid]):
+            files = self._tiers[place].files
+            charged = files.whole_bytes(version.size_bytes)
             try:
                 await self._room.reserve(place, charged)
             except CacheFull:
@@ -106,6 +103,14 @@ class Exchange:
                 # Nobody asked for it yet; and so the newest of what was written leaves last.
                 self._tiers[place].added(ItemId(vid), charged, used=False)
             return adopted
+
+    async def _is_there(self, vid: VersionId) -> bool:
+        """Return whether the version is cached, or on its way: the key had the same bytes before."""
+        try:
+            await self._unverified.settled(vid)
+        except CacheError:
+            return True
+        return vid in self._busy or self._index.version(vid) is not None
 
     async def hand_over(
         self, vid: VersionId, path: str, file: int, mtime_ns: int, change: Callable[[IndexWriter], None]
@@ -127,16 +132,15 @@ class Exchange:
             drop_items(w, [item], set())
 
         with self._busy.moved([vid]):
-            await self._disk_engine.run(lambda: tier.files.hand_over(vid, path, file, mtime_ns))
-            await self._committer.commit(commit)
-            await self._disk_engine.run(lambda: remove(tier.files, vid))
+            await shielded.run(self._disk_engine, lambda: tier.files.hand_over(vid, path, file, mtime_ns))
+            await shielded.commit(self._committer, commit)
+            await shielded.run(self._disk_engine, lambda: remove(tier.files, vid))
             self._leaving.gone(row.tier, [item])
 
     async def _take_back(self, place: int, vid: VersionId, charged: int, *, landed: bool) -> None:
-        with trio.CancelScope(shield=True):
-            if landed:
-                await self._disk_engine.run(lambda: remove(self._tiers[place].files, vid))
-            self._tiers[place].budget.give_back(charged)
+        if landed:
+            await shielded.run(self._disk_engine, lambda: remove(self._tiers[place].files, vid))
+        self._tiers[place].budget.give_back(charged)
 
     def _place_beside(self, path: str) -> int | None:
         """Return the tier that is on the same file system as *path*: only there can it have two names."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
-from cache.errors import CacheError
+from cache.errors import CacheError, CacheFull
 from cache.index import Index
 from cache.lake.base import Body
 from cache.model import BLOCK_BYTES, GROUP_BLOCKS, GroupIndex, ObjectVersion, VersionId, block_count
@@ -20,6 +20,7 @@ from cache.records import charge, group_key
 from cache.room import Room
 from cache.rows import change, put_blocks, put_whole
 from cache.sparse import Sparse, SparseVersions
+from cache.tier import TierFiles
 from cache.unverified import Unverified
 from cache.uses import Uses
 
@@ -45,6 +46,7 @@ class Filling:
         uses: Uses,
         placing: Placing,
         room: Room,
+        drop_version: Callable[[bytes], Awaitable[int]],
     ) -> None:
         self._tiers = tiers
         self._index = index
@@ -57,6 +59,7 @@ class Filling:
         self._uses = uses
         self._placing = placing
         self._room = room
+        self._drop_version = drop_version
 
     # For fills that wait for nothing, see cache/quick.py
 
@@ -104,12 +107,16 @@ class Filling:
         if await self._unverified.settled(vid):
             return
         with self._busy.used(vid):
-            place = self._placing.place(version.size_bytes, on_disk=on_disk)
-            files = self._tiers[place].files
+            place = await self._room.find(
+                lambda: self._placing.place(version.size_bytes, on_disk=on_disk),
+                lambda tier: tier.files.whole_bytes(version.size_bytes),
+                demand=demand or wanted,
+                due=next.due,
+            )
+            tier, files = self._tiers[place], self._tiers[place].files
             charged = files.whole_bytes(version.size_bytes)
-            await self._room.reserve(place, charged, demand=demand or wanted, due=next.due)
             try:
-                with self._tiers[place].landing(charged):
+                with tier.landing(charged):
                     checksums = await self._lake_engine.run(
                         lambda: files.land_whole(version, vid, get()), demand=demand
                     )
@@ -117,11 +124,13 @@ class Filling:
             except BaseException as error:
                 if isinstance(error, CacheError):
                     await self._disk_engine.run(lambda: remove(files, vid))
-                self._tiers[place].budget.give_back(charged)
+                tier.budget.give_back(charged)
+                if isinstance(error, CacheFull) and (demand or wanted):
+                    await self._room.disk_refused(place)
                 raise
-            self._tiers[place].added(ItemId(vid), charged, used=demand)
+            tier.added(ItemId(vid), charged, used=demand)
             if not (demand or wanted):
-                self._tiers[place].policy.expect(ItemId(vid), next)
+                tier.policy.expect(ItemId(vid), next)
 
     # Large objects
 
@@ -145,6 +154,7 @@ class Filling:
         item = group_key(vid, GroupIndex(blocks.start // GROUP_BLOCKS))
         if await self._unverified.settled(vid, item):
             return
+        is_sound = True
         with self._busy.used(vid):
             state = self._sparse.get(vid)
             if state is None:
@@ -154,9 +164,11 @@ class Filling:
                 with self._busy.filled(item):
                     await self._fill_group(state, vid, blocks, get_pieces, demand, is_spare, due)
                 if state.is_full:
-                    await self._make_whole(vid, state)
+                    is_sound = await self._make_whole(vid, state)
             finally:
                 self._sparse.forget_if_empty(vid)
+        if not is_sound:
+            await self._drop_version(vid)
 
     async def _fill_group(
         self,
@@ -183,15 +195,18 @@ class Filling:
             if isinstance(error, Exception):  # What of it was written must not stay uncharged.
                 await self._disk_engine.run(lambda: punch(tier.files, vid, blocks))
             tier.budget.give_back(charged)
+            if isinstance(error, CacheFull) and not is_spare:
+                await self._room.disk_refused(place)
             raise
         assert len(checksums) == len(blocks)
         state.blocks_present += len(blocks)
         item = ItemId(group_key(vid, group))
         tier.added(item, (tier.policy.size_of(item) or 0) + charged, used=demand)
 
-    async def _make_whole(self, vid: VersionId, state: Sparse) -> None:
+    async def _make_whole(self, vid: VersionId, state: Sparse) -> bool:
+        """Turn a version of which all is there into a whole one; return False if its file is lost."""
         if self._sparse.take(vid) is None:
-            return  # Another flight's landing got here first.
+            return True  # Another flight's landing got here first.
         tier, version = self._tiers[state.tier], state.version
         groups = self._index.groups_of(vid)
         checksums = [checksum for _, group in groups for checksum in group.checksums]
@@ -206,10 +221,10 @@ class Filling:
             await self._committer.commit(lambda w: change(w, vid, whole=True))
         except CacheError as error:  # All of it is there, and can be read as it is.
             log.warning("%s stays a sparse file: %s", version.key, error)
-            await self._disk_engine.run(lambda: tier.files.make_sparse(vid))
+            is_sound = await self._disk_engine.run(lambda: _is_made_sparse(tier.files, vid))
             tier.budget.give_back(charged)
             self._sparse.add(vid, state)
-            return
+            return is_sound
         for group, _ in groups:
             item = ItemId(group_key(vid, group))
             charged += tier.policy.size_of(item) or 0
@@ -218,3 +233,13 @@ class Filling:
         tier.added(ItemId(vid), charged, used=not is_held)
         if is_held:
             tier.policy.expect(ItemId(vid))
+        return True
+
+
+def _is_made_sparse(files: TierFiles, vid: bytes) -> bool:
+    try:
+        files.make_sparse(vid)
+    except CacheError as error:
+        log.warning("%s leaves the cache: %s", files.object_path(vid), error)
+        return False
+    return True

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from contextlib import ExitStack
 
+from cache import shielded
 from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
+from cache.errors import CacheError
 from cache.index import Index
 from cache.model import GROUP_BLOCKS, GroupIndex
 from cache.places import Tier, punch, remove
@@ -21,7 +23,10 @@ from cache.uses import Uses
 
 
 class Leaving:
-    """Evicts items: whole objects, and groups of sparse ones. For the mover's trio thread."""
+    """Evicts items: whole objects, and groups of sparse ones. For the mover's trio thread.
+
+    Who is cancelled meanwhile hears of it once what began to leave has left.
+    """
 
     def __init__(
         self,
@@ -43,7 +48,7 @@ class Leaving:
         self._sparse = sparse
         self._unverified = unverified
         self._uses = uses
-        self._is_open = is_open
+        self.is_open = is_open
         self.evicted_bytes = 0
 
     # What may leave
@@ -52,18 +57,22 @@ class Leaving:
         """Return why the version stays where it is for now; None if it may be moved and evicted."""
         if vid in self._busy:
             return "being written or moved"
-        return "open in passthrough" if self._is_open(vid) else None
+        return "open in passthrough" if self.is_open(vid) else None
 
-    def victims(self, place: int, need_bytes: int) -> list[ItemId]:
-        """Return what the tier's policy gives up for *need_bytes*, without what has to stay."""
-        return self._tiers[place].policy.victims(need_bytes, _Staying(self._stays))
+    def victims(self, place: int, need_bytes: int, besides: Container[bytes] = ()) -> list[ItemId]:
+        """Return what the tier's policy gives up for *need_bytes*, without what has to stay.
+
+        *besides*: versions that were tried, and stay too.
+        """
+        staying = _Staying(lambda item: item[:16] in besides or self._stays(item))
+        return self._tiers[place].policy.victims(need_bytes, staying)
 
     def _stays(self, item: bytes) -> bool:
         """Return whether *item* is no victim: it would be gone, and take space that is not charged."""
         vid = item[:16]
         if vid in self._busy and not self._may_leave_alone(item):
             return True
-        return self._is_open(vid)
+        return self.is_open(vid)
 
     def _may_leave_alone(self, item: bytes) -> bool:
         """Return whether a group may go while other groups of its version are being filled.
@@ -113,14 +122,14 @@ class Leaving:
         tier = self._tiers[place]
         left = self._sparse.blocks_left(items)
         last_groups = {vid for vid, blocks_present in left.items() if not blocks_present}
-        await self._committer.commit(lambda w: drop_items(w, items, last_groups))
+        await shielded.commit(self._committer, lambda w: drop_items(w, items, last_groups))
         for vid, blocks_present in left.items():
             self._sparse[vid].blocks_present = blocks_present
             if not blocks_present:
                 self._sparse.take(vid)
         late = [] if tier.files.is_memory else [item for item in items if self._was_opened(item)]
         items = [item for item in items if item not in late]
-        await self._disk_engine.run(lambda: _remove_files(tier.files, items, last_groups))
+        await shielded.run(self._disk_engine, lambda: _remove_files(tier.files, items, last_groups))
         self._keep(place, late)
         return self.gone(place, items)
 
@@ -142,12 +151,12 @@ class Leaving:
                 self._sparse[vid].blocks_present -= gone[vid]  # At once: it might be taken for whole else.
             stack.enter_context(self._busy.left(items))
             try:
-                await self._committer.commit(lambda w: drop_items(w, items, set()))
-            except BaseException:
+                await shielded.commit(self._committer, lambda w: drop_items(w, items, set()))
+            except CacheError:
                 for vid in gone:
                     self._sparse[vid].blocks_present += gone[vid]
                 raise
-            await self._disk_engine.run(lambda: _remove_files(tier.files, items, set()))
+            await shielded.run(self._disk_engine, lambda: _remove_files(tier.files, items, set()))
             return self.gone(place, items)
 
     def gone(self, place: int, items: list[ItemId]) -> int:
@@ -164,7 +173,7 @@ class Leaving:
 
     def _was_opened(self, item: ItemId) -> bool:
         """Return whether the kernel got a whole object's file while its row was removed."""
-        return len(item) == 16 and self._is_open(item)
+        return len(item) == 16 and self.is_open(item)
 
     def _keep(self, place: int, items: list[ItemId]) -> None:
         """Keep files that the kernel opened while their rows were removed: they are as if found without."""

@@ -37,8 +37,9 @@ class Tier:
     room_lock: trio.Lock = field(default_factory=trio.Lock)
     is_low: trio.Event = field(default_factory=trio.Event)  # Of memory: room is to be made ahead of need.
     unguarded_bytes: int = _GUARD_EVERY_BYTES
+    full_until_s: float = 0.0  # On trio's clock: it just had no room, and others are asked first.
     landing_bytes: int = 0  # Charged, and not indexed yet: the disk may not know of them.
-    _disk_room_bytes: int = 0  # What the disk could take when it was asked last.
+    _disk_room_bytes: int | None = None  # What the disk could take when it was asked last.
 
     @property
     def name(self) -> str:
@@ -60,12 +61,12 @@ class Tier:
         """Return whether budget and disk have room; the disk is asked every so many bytes."""
         if self.budget.room_bytes < charged_bytes:
             return False
-        self.unguarded_bytes += charged_bytes
-        if self.unguarded_bytes < min(_GUARD_EVERY_BYTES, self.free_min_bytes // _GUARD_SHARE):
-            return True
-        if self.guard_shortfall_bytes() > 0:
-            return False
-        self.unguarded_bytes = 0
+        unguarded_bytes = self.unguarded_bytes + charged_bytes
+        if unguarded_bytes >= min(_GUARD_EVERY_BYTES, self.free_min_bytes // _GUARD_SHARE):
+            if self.guard_shortfall_bytes() > 0:
+                return False
+            unguarded_bytes = 0
+        self.unguarded_bytes = unguarded_bytes
         return True
 
     def is_all_expected(self, charged_bytes: int) -> bool:
@@ -77,16 +78,25 @@ class Tier:
         """Return how many bytes are missing to the space that stays free on the tier's disk."""
         if not self.free_min_bytes:
             return 0
-        self._disk_room_bytes = self.files.free_bytes() - self.landing_bytes - self.free_min_bytes
-        return -self._disk_room_bytes
+        room_bytes = self.files.free_bytes() - self.landing_bytes - self.free_min_bytes
+        self._disk_room_bytes, self.unguarded_bytes = room_bytes, 0
+        return -room_bytes
 
     @property
     def room_bytes(self) -> int:
-        """Return what budget and disk have left, as far as is known without asking the disk."""
+        """Return what budget and disk have left, as far as the disk was asked; once it is, at least."""
         room_bytes = self.budget.room_bytes
         if self.free_min_bytes:
+            if self._disk_room_bytes is None:
+                self.guard_shortfall_bytes()
+            assert self._disk_room_bytes is not None
             room_bytes = min(room_bytes, self._disk_room_bytes - self.unguarded_bytes)
         return max(0, room_bytes)
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Return whether it had no room a moment ago, so that another one is asked first."""
+        return self.full_until_s > 0 and trio.current_time() < self.full_until_s
 
     @contextmanager
     def landing(self, charged_bytes: int) -> Iterator[None]:

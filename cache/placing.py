@@ -37,18 +37,24 @@ class Placing:
     def place(self, size_bytes: int, *, on_disk: bool = False) -> int:
         """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
         first = self._tiers[0]
-        if first.files.is_memory and not on_disk and size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX:
+        fits = size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX
+        if first.files.is_memory and not on_disk and fits and not first.is_passed_over:
             return 0
         return self.emptiest_disk(size_bytes)
 
     def emptiest_disk(self, size_bytes: int) -> int:
         """Return the NVMe tier with the largest share free, of those that *size_bytes* fit into."""
         shares = [
-            (tier.budget.size_bytes >= size_bytes, tier.budget.room_bytes / tier.budget.size_bytes, -place)
+            (
+                tier.budget.size_bytes >= size_bytes,
+                not tier.is_passed_over,
+                tier.budget.room_bytes / tier.budget.size_bytes,
+                -place,
+            )
             for place, tier in enumerate(self._tiers)
             if not tier.files.is_memory
         ]
-        return -max(shares)[2]
+        return -max(shares)[-1]
 
     def may_read_ahead(self, size_bytes: int, due: int | None = None) -> bool:
         """Return whether an object that nobody asked for yet has room, with some left for demand.

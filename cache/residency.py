@@ -68,6 +68,7 @@ class Residency:
             self.uses,
             self.placing,
             self._room,
+            self.leaving.drop_version,
         )
         self.exchange = Exchange(*on_disk, self.unverified, self.leaving, self._room)
 

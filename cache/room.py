@@ -11,6 +11,7 @@ from cache.places import Tier
 from cache.placing import Placing, step_bytes
 
 _ROOM_S, _LANDS_S = 2.0, 0.01  # A miss waits for room in a tier that is being filled, and looks so often.
+_PASSED_OVER_S = 5.0  # A tier that had none for it is passed over so long, if there is another one.
 
 MakeRoom = Callable[[int, int], Awaitable[bool]]
 
@@ -34,6 +35,44 @@ class Room:
             return False
         tier.take(charged_bytes)
         return True
+
+    async def find(
+        self,
+        choose: Callable[[], int],
+        charge_at: Callable[[Tier], int],
+        *,
+        demand: bool = True,
+        due: int | None = None,
+    ) -> int:
+        """Charge the tier that *choose* names what *charge_at* says; return it. Raises CacheFull.
+
+        If that has no room *choose* is asked again, and may name another one: one may be full of what is
+        pinned or open while others are not.
+        """
+        tried: set[int] = set()
+        while True:
+            place = choose()
+            try:
+                await self.reserve(place, charge_at(self._tiers[place]), demand=demand, due=due)
+                return place
+            except CacheFull:
+                tried.add(place)
+                if choose() in tried:
+                    raise
+
+    def refused(self, place: int) -> None:
+        """Have the tier passed over for a moment: it had no room for what was demanded."""
+        self._tiers[place].full_until_s = trio.current_time() + _PASSED_OVER_S
+
+    async def disk_refused(self, place: int) -> None:
+        """Something leaves a tier whose disk took no more, though there was room by all accounts.
+
+        It may be out of inodes. Else nothing new would ever get in.
+        """
+        self.refused(place)
+        tier = self._tiers[place]
+        async with tier.room_lock:
+            await self._make_room(place, step_bytes(tier))
 
     async def reserve(
         self, place: int, charged_bytes: int, *, demand: bool = True, due: int | None = None
@@ -64,5 +103,7 @@ class Room:
                 if demand and tier.landing_bytes and trio.current_time() < deadline_s:
                     await trio.sleep(_LANDS_S)  # What others are filling lands, and can leave then.
                 else:
+                    if demand:
+                        self.refused(place)
                     raise CacheFull(f"{tier.name}: no room for {charged_bytes} bytes, all of it is in use")
             tier.take(charged_bytes)

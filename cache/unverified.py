@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from cache import shielded
 from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
-from cache.errors import BlockCorrupt, CacheError
+from cache.errors import CacheError
 from cache.index import Index
 from cache.model import VersionId
 from cache.places import Tier, remove
@@ -69,6 +70,7 @@ class Unverified:
         """Wait until nobody moves the version or its group *item*; return whether it is whole by then.
 
         A file found without a row is verified first. Use `Busy` at once after it, without an await.
+        Raises CacheError when the index can't be written.
         """
         while True:
             await self._busy.settled(vid, item)
@@ -79,19 +81,24 @@ class Unverified:
         return row is not None and row.whole
 
     async def adopt(self, vid: VersionId) -> bool:
-        """Verify a file found without a row; return whether it holds the whole version."""
+        """Verify a file found without a row; return whether it holds the whole version.
+
+        Raises CacheError when the index can't be written: the file stays as it is then.
+        """
         place, charged = self._charges.pop(vid)
         tier = self._tiers[place]
         with self._busy.moved([vid]):
             try:
                 label = await self._disk_engine.run(lambda: tier.files.read_label(vid))
-                if label is None:
-                    raise BlockCorrupt("the bytes do not match the label")
-                version, checksums = label
-                await self._committer.commit(lambda w: put_whole(w, version, place, checksums))
-            except CacheError as error:
-                log.warning("%s: dropped: %s", tier.files.object_path(vid), error)
-                await self._disk_engine.run(lambda: remove(tier.files, vid))
+                if label is not None:
+                    version, checksums = label
+                    await shielded.commit(self._committer, lambda w: put_whole(w, version, place, checksums))
+            except BaseException:
+                self._charges[vid] = (place, charged)
+                raise
+            if label is None:
+                log.warning("%s: dropped: its bytes do not match its label", tier.files.object_path(vid))
+                await shielded.run(self._disk_engine, lambda: remove(tier.files, vid))
                 tier.budget.give_back(charged)
                 return False
             tier.added(ItemId(vid), charged, used=False)
@@ -100,8 +107,13 @@ class Unverified:
     async def adopt_all(self) -> int:
         """Verify, in the background, all files found without a row; return how many were good."""
         good = 0
-        while self._charges:
-            good += await self.adopt(VersionId(next(iter(self._charges))))
+        for vid in list(self._charges):
+            if vid not in self._charges:
+                continue  # Somebody needed it, or its room, sooner.
+            try:
+                good += await self.adopt(VersionId(vid))
+            except CacheError as error:
+                log.warning("%s is not taken over for now: %s", vid.hex(), error)
         return good
 
     async def drop_one(self, place: int) -> bool:
@@ -112,6 +124,6 @@ class Unverified:
             return False
         _, charged = self._charges.pop(vid)
         with self._busy.moved([vid]):
-            await self._disk_engine.run(lambda: remove(self._tiers[place].files, vid))
+            await shielded.run(self._disk_engine, lambda: remove(self._tiers[place].files, vid))
             self._tiers[place].budget.give_back(charged)
         return True

@@ -50,7 +50,8 @@ async def check(
 ) -> None:
     """Assert that index, files, policies, budgets (and, given *content*, bytes) agree, once idle.
 
-    The versions *adopted* without a row since the start are charged what their files take.
+    Files not yet verified have no row, and are charged. The versions *adopted* without a row since the
+    start are charged what their files take.
     """
     async with AsyncExitStack() as held:
         for tier in cache.residency.tiers:  # Then nothing is moved, not even ahead of need.
@@ -64,7 +65,12 @@ def check_now(cache: Cache, content: dict[str, bytes] | None, adopted: Collectio
     rows, files = dict(cache.index.versions()), stored(cache)
     disk_bytes_of = {(vid, place): size for place, vid, _, size in files}
     items: list[dict[ItemId, int]] = [{} for _ in residency.tiers]
-    expected_files = set()
+    expected_files: set[tuple[int, bytes, bool]] = set()
+    unverified: list[dict[bytes, int]] = [{} for _ in residency.tiers]
+    for vid, (place, charged_bytes) in residency.unverified.charges().items():
+        assert vid not in rows
+        expected_files.add((place, vid, True))
+        unverified[place][vid] = charged_bytes
     for vid, row in rows.items():
         groups = cache.index.groups_of(vid)
         expected_files.add((row.tier, vid, row.whole))
@@ -87,15 +93,16 @@ def check_now(cache: Cache, content: dict[str, bytes] | None, adopted: Collectio
     for place, tier in enumerate(residency.tiers):
         order = tier.policy.order(10**6)
         assert {item: tier.policy.size_of(item) for item in order} == items[place]
-        assert tier.budget.used_bytes == sum(items[place].values()) <= tier.budget.size_bytes
-        charged: Counter[bytes] = Counter()
+        charged: Counter[bytes] = Counter(unverified[place])
+        assert tier.budget.used_bytes == sum(items[place].values()) + charged.total()
+        assert tier.budget.used_bytes <= tier.budget.size_bytes
         for item, size_bytes in items[place].items():
             charged[item[:16]] += size_bytes
         for at, held, whole, disk_bytes in files:
             if at == place:
-                row = rows[VersionId(held)]
-                uncharged = _RUNS_BYTES if row.size_bytes > SMALL_OBJECT_BYTES_MAX else 0
-                assert disk_bytes <= charged[held] + uncharged, (row.key, whole)
+                row = rows.get(VersionId(held))
+                is_large = row is None or row.size_bytes > SMALL_OBJECT_BYTES_MAX
+                assert disk_bytes <= charged[held] + _RUNS_BYTES * is_large, (row, whole)
         assert os.listdir(tier.files.path / "incoming") == []
 
 
