@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container
 from contextlib import ExitStack
 
@@ -10,7 +11,7 @@ from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
 from cache.errors import CacheError
-from cache.index import Index
+from cache.index import Index, IndexWriter
 from cache.model import GROUP_BLOCKS, GroupIndex
 from cache.places import Tier, punch, remove
 from cache.policy.eviction import ItemId
@@ -20,6 +21,10 @@ from cache.sparse import SparseVersions
 from cache.tier import TierFiles
 from cache.unverified import Unverified
 from cache.uses import Uses
+
+log = logging.getLogger(__name__)
+
+Rows = dict[ItemId, tuple[VersionRow, list[tuple[GroupIndex, Group]]]]
 
 
 class Leaving:
@@ -98,7 +103,7 @@ class Leaving:
         row = self._index.version(vid)
         if row is not None:
             item = ItemId(vid if row.whole else group_key(vid, group))
-            await self._evict(row.tier, [item])  # Readers in passthrough keep the unlinked file.
+            await self._evict(row.tier, [item], is_bad=True)  # Who has it open keeps the unlinked file.
 
     async def drop_version(self, vid: bytes) -> int:
         """Evict all of a version; return the bytes that came free."""
@@ -107,19 +112,23 @@ class Leaving:
             return 0
         return await self.evict(row.tier, items_of(vid, row, self._index.groups_of(vid)))
 
-    async def _evict(self, place: int, items: list[ItemId]) -> int:
+    async def _evict(self, place: int, items: list[ItemId], *, is_bad: bool = False) -> int:
         tier = self._tiers[place]
         alone = [item for item in items if item[:16] in self._busy]
         items = [item for item in items if item[:16] not in self._busy and _is_in(tier, item)]
         freed_bytes = 0
         if items:
             with self._busy.moved(item[:16] for item in items):
-                freed_bytes = await self.evict_held(place, items)
+                freed_bytes = await self.evict_held(place, items, is_bad=is_bad)
         return freed_bytes + await self.evict_groups(place, alone)
 
-    async def evict_held(self, place: int, items: list[ItemId]) -> int:
-        """Drop *items*, whose versions the caller has alone; return the bytes that came free."""
+    async def evict_held(self, place: int, items: list[ItemId], *, is_bad: bool = False) -> int:
+        """Drop *items*, whose versions the caller has alone; return the bytes that came free.
+
+        What the kernel opens before the commit is kept, unless it is in memory and *is_bad*.
+        """
         tier = self._tiers[place]
+        rows = self._rows_of(items) if tier.files.is_memory and not is_bad else {}
         left = self._sparse.blocks_left(items)
         last_groups = {vid for vid, blocks_present in left.items() if not blocks_present}
         await shielded.commit(self._committer, lambda w: drop_items(w, items, last_groups))
@@ -127,11 +136,28 @@ class Leaving:
             self._sparse[vid].blocks_present = blocks_present
             if not blocks_present:
                 self._sparse.take(vid)
-        late = [] if tier.files.is_memory else [item for item in items if self._was_opened(item)]
+        late = [item for item in items if len(item) == 16 and self.is_open(item)]
+        if late and tier.files.is_memory:  # Such files bear no label to be verified by.
+            late = await self._put_back({item: rows[item] for item in late if item in rows})
         items = [item for item in items if item not in late]
         await shielded.run(self._disk_engine, lambda: _remove_files(tier.files, items, last_groups))
-        self._keep(place, late)
+        if not tier.files.is_memory:
+            self._keep(place, late)
         return self.gone(place, items)
+
+    def _rows_of(self, items: list[ItemId]) -> Rows:
+        """Return what the index has of the whole objects among *items*."""
+        rows = {item: self._index.version(item) for item in items if len(item) == 16}
+        return {item: (row, self._index.groups_of(item)) for item, row in rows.items() if row is not None}
+
+    async def _put_back(self, rows: Rows) -> list[ItemId]:
+        """Give files that the kernel opened their rows back; return those that have them."""
+        try:
+            await shielded.commit(self._committer, lambda w: _put_rows(w, rows))
+        except CacheError as error:
+            log.warning("%d open files left the cache: %s", len(rows), error)
+            return []
+        return list(rows)
 
     async def evict_groups(self, place: int, items: list[ItemId]) -> int:
         """Drop groups of versions that are being filled: their rows and files stay.
@@ -171,10 +197,6 @@ class Leaving:
         self.evicted_bytes += freed_bytes
         return freed_bytes
 
-    def _was_opened(self, item: ItemId) -> bool:
-        """Return whether the kernel got a whole object's file while its row was removed."""
-        return len(item) == 16 and self.is_open(item)
-
     def _keep(self, place: int, items: list[ItemId]) -> None:
         """Keep files that the kernel opened while their rows were removed: they are as if found without."""
         policy = self._tiers[place].policy
@@ -202,6 +224,13 @@ def _is_in(tier: Tier, item: ItemId) -> bool:
 def items_of(vid: bytes, row: VersionRow, groups: list[tuple[GroupIndex, Group]]) -> list[ItemId]:
     """Return the items that a version is cached as: one if it is whole, else one a group."""
     return [ItemId(vid)] if row.whole else [ItemId(group_key(vid, group)) for group, _ in groups]
+
+
+def _put_rows(w: IndexWriter, rows: Rows) -> None:
+    for vid, (row, groups) in rows.items():
+        w.put_version(vid, row)
+        for number, group in groups:
+            w.put_group(vid, number, group)
 
 
 def _remove_files(files: TierFiles, items: list[ItemId], emptied: set[bytes]) -> None:

@@ -61,12 +61,12 @@ class Tier:
         """Return whether budget and disk have room; the disk is asked every so many bytes."""
         if self.budget.room_bytes < charged_bytes:
             return False
-        unguarded_bytes = self.unguarded_bytes + charged_bytes
-        if unguarded_bytes >= min(_GUARD_EVERY_BYTES, self.free_min_bytes // _GUARD_SHARE):
-            if self.guard_shortfall_bytes() > 0:
-                return False
-            unguarded_bytes = 0
-        self.unguarded_bytes = unguarded_bytes
+        self.unguarded_bytes += charged_bytes
+        if self.unguarded_bytes < min(_GUARD_EVERY_BYTES, self.free_min_bytes // _GUARD_SHARE):
+            return True
+        if self.guard_shortfall_bytes() > 0:
+            return False
+        self.unguarded_bytes = 0
         return True
 
     def is_all_expected(self, charged_bytes: int) -> bool:
@@ -78,9 +78,8 @@ class Tier:
         """Return how many bytes are missing to the space that stays free on the tier's disk."""
         if not self.free_min_bytes:
             return 0
-        room_bytes = self.files.free_bytes() - self.landing_bytes - self.free_min_bytes
-        self._disk_room_bytes, self.unguarded_bytes = room_bytes, 0
-        return -room_bytes
+        self._disk_room_bytes = self.files.free_bytes() - self.landing_bytes - self.free_min_bytes
+        return -self._disk_room_bytes
 
     @property
     def room_bytes(self) -> int:

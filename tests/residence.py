@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 import pytest
 import trio
 
+from cache import shielded
 from cache.errors import CacheError, CacheFull
 from cache.model import (
     BLOCK_BYTES,
@@ -138,8 +139,14 @@ async def fill(cache: Cache, versions: dict[str, ObjectVersion]) -> None:
         await cache.fetch(version)
 
 
-async def refuse(_: object) -> None:
+async def refuse(*_: object) -> None:
     raise CacheError("the disk is full")
+
+
+def refuse_commits(cache: Cache, patch: pytest.MonkeyPatch) -> None:
+    """Have the index take no change, on the way in and on the way out."""
+    patch.setattr(cache.committer, "commit", refuse)
+    patch.setattr(shielded, "commit", refuse)
 
 
 class HeldFiles:

@@ -21,7 +21,7 @@ from tests.residence import (
     TIERS,
     check,
     fill,
-    refuse,
+    refuse_commits,
     stored,
 )
 from tests.wiring import NO_RETRY, Cache, WatchedLake, bodies, open_cache
@@ -34,7 +34,7 @@ async def test_a_commit_that_fails_leaves_nothing_behind_on_the_way_in(
     versions = lake.fill(content)
     async with open_cache(tmp_path, lake, tiers=NVME + TIERS[2:]) as cache:
         with monkeypatch.context() as patch:
-            patch.setattr(cache.committer, "commit", refuse)
+            refuse_commits(cache, patch)
             for version in versions.values():
                 with pytest.raises(CacheError, match="disk is full"):
                     await cache.fetcher.fetch(version, 2 * MIB if version.size_bytes > 8 * MIB else 0, 1)
@@ -54,7 +54,7 @@ async def test_a_commit_that_fails_leaves_all_as_it_was_on_the_way_out(
         await cache.idle()
         before = stored(cache)
         with monkeypatch.context() as patch:
-            patch.setattr(cache.committer, "commit", refuse)
+            refuse_commits(cache, patch)
             for version in versions.values():
                 with pytest.raises(CacheError, match="disk is full"):
                     await cache.residency.drop_version(version.id)
@@ -75,7 +75,7 @@ async def test_a_commit_that_fails_keeps_the_groups_of_a_version_that_is_being_f
             nursery.start_soon(cache.fetcher.fetch, version, 20 * MIB, 1)
             await lake.met("get", 2)
             with monkeypatch.context() as patch:
-                patch.setattr(cache.committer, "commit", refuse)
+                refuse_commits(cache, patch)
                 with pytest.raises(CacheError, match="disk is full"):
                     await cache.residency.drop_version(version.id)
             assert cache.residency.sparse[version.id].blocks_present == MIB // BLOCK_BYTES
@@ -120,7 +120,7 @@ async def test_a_sparse_file_that_cannot_become_whole_serves_as_it_is(
             if step == "make_whole":
                 raise CacheError("the disk is full")
             make_whole(*arguments)
-            monkeypatch.setattr(cache.committer, "commit", refuse)
+            refuse_commits(cache, monkeypatch)
 
         monkeypatch.setattr(files, "make_whole", broken)
         await cache.fetch(version)

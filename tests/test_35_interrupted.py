@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from cache import shielded
 from cache.errors import CacheError
 from cache.exchange import Land
 from cache.model import KIB, MIB, ObjectVersion
@@ -127,6 +129,28 @@ async def test_a_file_that_the_kernel_opens_while_it_moves_stays_where_it_is(
 
             monkeypatch.setattr(tier.files, "copy_from", open_meanwhile)
         await _drain(cache)
+        assert cache.residency.place_of(version.id) == 0
+        assert cache.resident_bytes(version) == content["a"]
+        await check(cache, content)
+
+
+async def test_a_file_in_memory_that_the_kernel_opens_while_its_row_leaves_gets_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake, content, opens = WatchedLake(), bodies({"a": 300 * KIB}), OpenTable()
+    version = lake.fill(content)["a"]
+    async with open_cache(tmp_path, lake, tiers=TIERS, opens=opens) as cache:
+        await cache.fetch(version)
+        commit = shielded.commit
+
+        async def open_meanwhile(*arguments: Any) -> None:
+            await commit(*arguments)
+            if not opens.is_passed_through(version.id):
+                opened(opens, version, 5)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shielded, "commit", open_meanwhile)
+            assert await cache.residency.drop_version(version.id) == 0
         assert cache.residency.place_of(version.id) == 0
         assert cache.resident_bytes(version) == content["a"]
         await check(cache, content)

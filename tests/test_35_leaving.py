@@ -9,6 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from cache import shielded
 from cache.errors import CacheFull
 from cache.model import (
     KIB,
@@ -169,7 +170,7 @@ async def test_a_file_that_the_kernel_opens_while_its_row_leaves_is_kept(
     async with open_cache(tmp_path, lake, tiers=NVME, opens=opens) as cache:
         await cache.fetch(version)
         opens.note_object(version.id, 5)
-        commit = cache.committer.commit
+        commit = shielded.commit
 
         async def open_meanwhile(*arguments: Any) -> None:
             await commit(*arguments)
@@ -178,7 +179,7 @@ async def test_a_file_that_the_kernel_opens_while_its_row_leaves_is_kept(
                 held.answered_with(lambda: 7, lambda _: None)
 
         with monkeypatch.context() as patched:
-            patched.setattr(cache.committer, "commit", open_meanwhile)
+            patched.setattr(shielded, "commit", open_meanwhile)
             assert await cache.residency.drop_version(version.id) == 0
         assert cache.residency.place_of(version.id) is None
         assert await trio.Path(cache.residency.tiers[0].files.object_path(version.id)).exists()

@@ -145,18 +145,3 @@ async def test_read_ahead_finds_room_before_a_miss_had_the_disk_asked(tmp_path: 
         assert cache.residency.may_read_ahead(MIB)
         await cache.fetcher.fetch_ahead(version)
         assert cache.resident_bytes(version) == content["k0"]
-
-
-async def test_a_disk_that_was_asked_knows_what_was_written_until_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with open_cache(
-        tmp_path, WatchedLake(), tiers=(TierSpec("nvme0", 64 * MIB, False, 64 * MIB),)
-    ) as cache:
-        tier = cache.residency.tiers[0]
-        monkeypatch.setattr(tier.files, "free_bytes", lambda: 64 * MIB)
-        for _ in range(100):
-            assert not tier.has_room(4 * MIB) or tier.guard_shortfall_bytes() == 0
-        monkeypatch.setattr(tier.files, "free_bytes", lambda: 74 * MIB)
-        assert tier.guard_shortfall_bytes() == -10 * MIB and tier.room_bytes == 10 * MIB
-        assert tier.has_room(MIB) and tier.room_bytes == 9 * MIB
