@@ -97,7 +97,7 @@ class Unverified:
                 self._charges[vid] = (place, charged)
                 raise
             if label is None:
-                log.warning("%s: dropped: its bytes do not match its label", tier.files.object_path(vid))
+                log.warning("%s: dropped: the bytes do not match the label", tier.files.object_path(vid))
                 await shielded.run(self._disk_engine, lambda: remove(tier.files, vid))
                 tier.budget.give_back(charged)
                 return False
