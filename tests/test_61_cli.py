@@ -1,8 +1,7 @@
-"""The command `sluice`: exit statuses, the daemon's readiness, and doctor."""
+"""The command `sluice`: exit statuses, and the daemon's readiness."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -17,8 +16,7 @@ import pytest
 
 from cache.config import MountConfig
 from cache.errors import LakeMisconfigured, SluiceError, UsageError
-from tests.commands import FakeMount
-from tools import cli, doctor, logs, mount, option_kinds, status
+from tools import cli, logs, mount, status
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -271,50 +269,3 @@ def test_the_log_goes_on_in_a_new_file_after_rotation(tmp_path: Path, quiet_logg
     logging.getLogger("test").info("two")
     assert logs.last_line(log, 0).endswith(" two")
     assert logs.last_line(log, log.stat().st_size) == ""
-
-
-# doctor
-
-
-def test_doctor_tells_machines_and_people_the_same(
-    fake: FakeMount, capsys: pytest.CaptureFixture[str]
-) -> None:
-    exit_status = cli.main(["doctor", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] == (exit_status == 0) == all(check["state"] != "bad" for check in found["checks"])
-    assert found["hidden"] is None
-    for check in found["checks"]:
-        assert (check["state"] == "ok") == (check["cost"] == "") == (check["mend"] == ""), check
-    cli.main(["doctor"])
-    shown = capsys.readouterr().out
-    assert [check["name"] for check in found["checks"] if check["name"] not in shown] == []
-
-
-def test_doctor_lists_the_keys_that_a_mount_hides(
-    fake: FakeMount, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hidden = {"count": 2, "keys": [{"key": "a//b", "reason": "an empty part"}]}
-    fake.answers["hidden"] = [{"result": hidden}]
-    cli.main(["doctor", str(fake.mountpoint), "--json"])
-    assert json.loads(capsys.readouterr().out)["hidden"] == hidden
-    cli.main(["doctor", str(fake.mountpoint)])
-    assert "2 keys of the lake can't be shown as paths\n  a//b: an empty part\n" in capsys.readouterr().out
-
-
-def test_a_missing_piece_is_told_with_its_cost_and_mend(tmp_path: Path) -> None:
-    absent = doctor.device_check(tmp_path / "fuse")
-    assert (absent.state, absent.detail, absent.cost) == ("bad", "missing", "nothing can be mounted")
-    old = doctor.kernel_check("kernel: passthrough", (6, 1), "slower")
-    assert (old.state, old.cost, old.mend) == ("off", "slower", "Linux 6.9 or later")
-    assert doctor.package_check("no_such_package").state == "bad"
-    assert doctor.package_check("no_such_package", cost="slower").state == "off"
-    assert doctor.tmpfs_check(tmp_path / "absent", (6, 9)).state == "off"
-
-
-def test_sizes_are_written_for_people() -> None:
-    assert [option_kinds.format_size(n) for n in (0, 1023, 1536, 5 << 40)] == [
-        "0 B",
-        "1023 B",
-        "1.5 KiB",
-        "5.0 TiB",
-    ]

@@ -1,4 +1,4 @@
-"""The commands that are clients of the control socket, which a thread answers: nothing is mounted."""
+"""Clients of the control socket, which a thread answers, and `sluice doctor`: nothing is mounted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from cache import control
 from cache.errors import SluiceError, UsageError
 from tests.commands import STATUS, FakeMount, entry
-from tools import cli, status, umount
+from tools import cli, doctor, option_kinds, status, umount
 
 
 @pytest.fixture
@@ -302,3 +302,50 @@ def test_an_unmount_that_the_kernel_refuses_is_one_line(
     refusal = (22, "Invalid argument")
     with pytest.raises(SluiceError, match="can't be unmounted: Invalid argument"):
         umount._unmount(tmp_path)
+
+
+# doctor
+
+
+def test_doctor_tells_machines_and_people_the_same(
+    fake: FakeMount, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exit_status = cli.main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] == (exit_status == 0) == all(check["state"] != "bad" for check in found["checks"])
+    assert found["hidden"] is None
+    for check in found["checks"]:
+        assert (check["state"] == "ok") == (check["cost"] == "") == (check["mend"] == ""), check
+    cli.main(["doctor"])
+    shown = capsys.readouterr().out
+    assert [check["name"] for check in found["checks"] if check["name"] not in shown] == []
+
+
+def test_doctor_lists_the_keys_that_a_mount_hides(
+    fake: FakeMount, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = {"count": 2, "keys": [{"key": "a//b", "reason": "an empty part"}]}
+    fake.answers["hidden"] = [{"result": hidden}]
+    cli.main(["doctor", str(fake.mountpoint), "--json"])
+    assert json.loads(capsys.readouterr().out)["hidden"] == hidden
+    cli.main(["doctor", str(fake.mountpoint)])
+    assert "2 keys of the lake can't be shown as paths\n  a//b: an empty part\n" in capsys.readouterr().out
+
+
+def test_a_missing_piece_is_told_with_its_cost_and_mend(tmp_path: Path) -> None:
+    absent = doctor.device_check(tmp_path / "fuse")
+    assert (absent.state, absent.detail, absent.cost) == ("bad", "missing", "nothing can be mounted")
+    old = doctor.kernel_check("kernel: passthrough", (6, 1), "slower")
+    assert (old.state, old.cost, old.mend) == ("off", "slower", "Linux 6.9 or later")
+    assert doctor.package_check("no_such_package").state == "bad"
+    assert doctor.package_check("no_such_package", cost="slower").state == "off"
+    assert doctor.tmpfs_check(tmp_path / "absent", (6, 9)).state == "off"
+
+
+def test_sizes_are_written_for_people() -> None:
+    assert [option_kinds.format_size(n) for n in (0, 1023, 1536, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 TiB",
+    ]
