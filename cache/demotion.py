@@ -11,7 +11,7 @@ from cache import shielded
 from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
-from cache.errors import CacheError
+from cache.errors import CacheError, CacheFull
 from cache.index import Index
 from cache.leaving import Leaving, items_of
 from cache.model import VersionId
@@ -136,7 +136,11 @@ class Demotion:
                 if target.is_all_expected(charge_at(target)):
                     return await self._leaving.evict_held(place, items)
             chosen = await room.find(choose, charge_at)
-            return await self._carry(place, chosen, vid, row, items)
+            try:
+                return await self._carry(place, chosen, vid, row, items)
+            except CacheFull:
+                await room.disk_refused(chosen)
+                raise
 
     async def _carry(
         self, place: int, target_place: int, vid: VersionId, row: VersionRow, items: list[ItemId]

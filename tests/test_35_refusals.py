@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -84,6 +85,27 @@ async def test_a_disk_without_inodes_replaces_what_it_has(
 
         monkeypatch.setattr(files, "land_whole", land)
         assert await kept(cache, versions) > len(versions) // 2
+        await check(cache, content)
+
+
+async def test_a_disk_without_inodes_replaces_what_it_has_by_what_memory_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake, content = WatchedLake(), bodies({f"k{i:02}": 20 * KIB for i in range(60)})
+    versions = list(lake.fill(content).values())
+    tiers = (TierSpec("dram", 200 * KIB, is_memory=True), TierSpec("nvme0", 64 * MIB))
+    async with open_cache(tmp_path, lake, tiers=tiers) as cache:
+        files, copy_from = cache.residency.tiers[1].files, cache.residency.tiers[1].files.copy_from
+
+        def copy(*arguments: Any) -> None:
+            if len(list(files.stored())) >= 10:
+                raise CacheFull("no space left on device")
+            copy_from(*arguments)
+
+        monkeypatch.setattr(files, "copy_from", copy)
+        assert await kept(cache, versions) == len(versions)
+        late = [version for version in versions[30:] if cache.residency.place_of(version.id) == 1]
+        assert len(late) >= 5
         await check(cache, content)
 
 
