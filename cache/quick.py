@@ -2,7 +2,7 @@
 
 A task each for the fetch, the flight and its steps costs more processor time than the GET. Here all of
 a fill is one job of a lake thread, and what follows it is done for all jobs that ended together. What
-has to wait for anything (room, another fill, a lake that fails) is left to `Residency.fill_whole`.
+has to wait for anything (room, another fill, a lake that fails) is left to `Filling.fill_whole`.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from cache.committer import Committer
 from cache.engine import Engine
 from cache.index import Index, IndexWriter
 from cache.model import GROUP_BLOCKS, GroupIndex, VersionId, block_count
-from cache.places import Sparse, Tier
+from cache.places import Tier
 from cache.policy.eviction import ItemId
 from cache.records import Group, VersionRow, group_key
 from cache.residency import Residency
+from cache.sparse import Sparse
 
 log = logging.getLogger(__name__)
 

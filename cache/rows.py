@@ -37,8 +37,11 @@ def put_blocks(
     w: IndexWriter, version: ObjectVersion, place: int, group: GroupIndex, first: int, checksums: list[int]
 ) -> None:
     vid = version.id
-    if w.version(vid) is None:
+    version_row = w.version(vid)
+    if version_row is None:
         w.put_version(vid, _row(version, place, whole=False))
+    elif version_row.tier != place:  # What is left of one without blocks, which was elsewhere.
+        w.put_version(vid, msgspec.structs.replace(version_row, tier=place))
     row = w.group(vid, group)
     if row is None:
         row = Group.empty(blocks_in_group(version.size_bytes, group), time.time_ns())

@@ -25,6 +25,7 @@ from cache.errors import (
     ObjectExists,
     ObjectMissing,
 )
+from cache.exchange import Land
 from cache.index import IndexWriter
 from cache.journaling import JournalKeeper
 from cache.lake_io import LakeIO
@@ -35,7 +36,7 @@ from cache.pending import CONFLICT, FAILED, SEALED, PendingTable, Put, Restate, 
 from cache.policy.series import Checkpoints
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, part_bytes
 from cache.records import Node
-from cache.residency import Land, Residency
+from cache.residency import Residency
 from cache.sending import Content, Sender, Stale, Summed, Upload, opened
 from cache.staging import StagingFiles, as_written, is_open_for_writing
 

@@ -42,10 +42,11 @@ from cache.model import (
     group_count,
 )
 from cache.places import Tier
+from cache.placing import DRAM_KEPT_SHARE, DRAM_SHARE_MAX
 from cache.policy.eviction import PINNED, ItemId
 from cache.policy.parallel import Parallelism
 from cache.records import Node, VersionRow, charge, group_key
-from cache.residency import DRAM_SHARE_MAX, Residency
+from cache.residency import Residency
 from cache.walking import Found
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,6 @@ log = logging.getLogger(__name__)
 TIERS = ("dram", "nvme")
 _STEPS = 200  # Files looked at between two checkpoints: about two milliseconds.
 _GROUPS_AT_ONCE = 4  # Of one large file.
-_DRAM_KEPT_SHARE = 8  # As `Residency.keep_dram_room` has it.
 _LAKE_FAILURES_MAX = 3  # In a row, each with all its retries: then the lake is away.
 _REASONS = (
     (ObjectChanged, "changed in the lake meanwhile"),
@@ -234,7 +234,7 @@ class Warmer:
             policy = each.policy
             kept_bytes = policy.pinned_bytes + policy.expected_bytes + cached[place]
             if each.files.is_memory:
-                kept_bytes += each.budget.size_bytes // _DRAM_KEPT_SHARE
+                kept_bytes += each.budget.size_bytes // DRAM_KEPT_SHARE
             room_bytes += max(0, each.room_bytes + each.budget.used_bytes - kept_bytes)
         return room_bytes
 

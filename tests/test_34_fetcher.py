@@ -199,7 +199,7 @@ async def test_a_version_that_is_gone_is_told_at_once_and_nothing_is_charged(
         await cache.idle()
         assert cache.lake_io.retries == 0
         assert used_bytes(cache) == [0]
-        assert cache.residency._sparse == {} and cache.residency._busy == {}
+        assert not cache.residency.sparse and not cache.residency.busy
 
 
 async def test_a_fault_of_ours_fails_the_read_and_not_the_mover(
@@ -298,7 +298,7 @@ async def test_reading_on_makes_a_large_object_whole(tmp_path: Path) -> None:
         await cache.idle()
         assert cache.resident_bytes(version) == content["big"]
         assert used_bytes(cache) == [whole_bytes(cache, LARGE)]
-        assert cache.residency._sparse == {}
+        assert not cache.residency.sparse
         checksums = [one for _, group in cache.index.groups_of(version.id) for one in group.checksums]
         assert checksums == block_checksums(content["big"])
         assert cache.residency.tiers[0].files.read_label(version.id) == (version, checksums)
@@ -350,7 +350,7 @@ async def test_a_large_object_that_finds_no_room_leaves_no_trace(tmp_path: Path)
         with pytest.raises(CacheFull):
             await cache.fetcher.fetch(versions["big"], 0, 4096)
         await cache.idle()
-        assert cache.residency._sparse == {} and used_bytes(cache) == [0]
+        assert not cache.residency.sparse and used_bytes(cache) == [0]
 
 
 async def test_a_tier_whose_room_is_all_in_flight_is_full_and_later_is_not(tmp_path: Path) -> None:

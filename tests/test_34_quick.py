@@ -37,7 +37,7 @@ async def start(cache: Cache, version: ObjectVersion) -> list[SluiceError | None
 def check_nothing_is_left(cache: Cache, version: ObjectVersion) -> None:
     (tier,) = cache.residency.tiers
     assert cache.resident_bytes(version) is None and len(tier.policy) == 0
-    assert (tier.budget.used_bytes, tier.landing_bytes, len(cache.residency._busy)) == (0, 0, 0)
+    assert (tier.budget.used_bytes, tier.landing_bytes, len(cache.residency.busy)) == (0, 0, 0)
     assert not list(Path(tier.files.path).glob("objects/*/*"))
     assert cache.fetcher.flights_under_way == 0
 
@@ -100,7 +100,7 @@ async def test_a_cache_that_fails_leaves_nothing_charged(
             monkeypatch.setattr(cache.residency.tiers[0].files, "land_whole", broken)
         else:
             monkeypatch.setattr("cache.quick.put_whole", broken)
-            monkeypatch.setattr("cache.residency.put_whole", broken)
+            monkeypatch.setattr("cache.filling.put_whole", broken)
         (told,) = await start(cache, version)
         assert isinstance(told, CacheError)
         check_nothing_is_left(cache, version)
@@ -113,7 +113,7 @@ async def test_without_room_it_must_wait(tmp_path: Path) -> None:
             await cache.fetch(lake.head(f"k{number}").version)
         version = lake.head("k3").version
         assert cache.fetcher.fetch_ahead_nowait(version, Next(), lambda _: None) is Started.MUST_WAIT
-        assert not cache.residency._busy and cache.fetcher.flights_under_way == 0
+        assert not cache.residency.busy and cache.fetcher.flights_under_way == 0
 
 
 async def test_what_is_pinned_is_pinned_when_it_lands(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from cache.errors import CacheError, CacheFull
 from cache.index import Index, remove_index
 from cache.model import BLOCK_BYTES, GROUP_BYTES, KIB, MIB, ObjectVersion
 from cache.mover import open_index
-from tests.test_35_residency import check, stored
+from tests.residence import check, stored
 from tests.wiring import Cache, TierSpec, WatchedLake, bodies, open_cache
 
 NVME = (TierSpec("nvme0", 64 * MIB),)
@@ -267,13 +267,13 @@ async def test_files_not_yet_verified_make_room_when_nothing_else_can_leave(tmp_
     await lose_rows(tmp_path, lake, versions[:3])
     async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 3 * MIB + 64 * KIB),)) as cache:
         files, policy = cache.residency.tiers[0].files, cache.residency.tiers[0].policy
-        before = dict(cache.residency._unverified)
+        before = cache.residency.unverified.charges()
         assert len(before) == 3 and len(policy) == 0
         await cache.fetch(versions[3])
         assert cache.resident_bytes(versions[3]) == content["k3"]
-        (gone,) = before.keys() - cache.residency._unverified.keys()
+        (gone,) = before.keys() - cache.residency.unverified.charges().keys()
         assert gone not in {vid for _, vid, *_ in stored(cache)}
-        left = {vid: charged for vid, (_, charged) in cache.residency._unverified.items()}
+        left = {vid: charged for vid, (_, charged) in cache.residency.unverified.charges().items()}
         assert used(cache) == [files.whole_bytes(MIB + 3) + sum(left.values())]
         assert await cache.residency.adopt_all() == 2
         await check(cache, content, adopted=left)
@@ -285,11 +285,12 @@ async def test_what_has_rows_leaves_before_files_not_yet_verified(tmp_path: Path
     versions = list(lake.fill(content).values())
     await lose_rows(tmp_path, lake, versions[:2])
     async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 3 * MIB + 64 * KIB),)) as cache:
-        unverified = set(cache.residency._unverified)
+        unverified = set(cache.residency.unverified.charges())
         await cache.fetch(versions[2])
         await cache.fetch(versions[3])
         assert cache.residency.place_of(versions[2].id) is None
-        assert set(cache.residency._unverified) == unverified == {version.id for version in versions[:2]}
+        assert unverified == {version.id for version in versions[:2]}
+        assert set(cache.residency.unverified.charges()) == unverified
         assert await cache.residency.adopt_all() == 2
         await check(cache, content, adopted=unverified)
 
@@ -301,10 +302,10 @@ async def test_only_the_tier_that_is_short_gives_its_unverified_files_up(tmp_pat
     tiers = (*NVME, TierSpec("nvme1", 8 * MIB))
     async with open_cache(tmp_path, lake, tiers=tiers) as cache:
         before = used(cache)
-        assert not await cache.residency._drop_unverified(1)
+        assert not await cache.residency.unverified.drop_one(1)
         assert used(cache) == before and before[0] > 0
-        assert await cache.residency._drop_unverified(0)
-        assert not await cache.residency._drop_unverified(0)
+        assert await cache.residency.unverified.drop_one(0)
+        assert not await cache.residency.unverified.drop_one(0)
         assert used(cache) == [0, 0] and stored(cache) == []
 
 
@@ -319,9 +320,9 @@ async def test_a_tier_full_of_unverified_files_that_all_leave_is_full_only_then(
     async with open_cache(tmp_path, lake, tiers=(TierSpec("nvme0", 3 * MIB + 64 * KIB),)) as cache:
         with pytest.raises(CacheFull):
             await cache.fetch(versions["more"])
-        assert len(cache.residency._unverified) == 3
+        assert len(cache.residency.unverified) == 3
         await cache.fetch(versions["most"])
-        assert cache.residency._unverified == {}
+        assert not cache.residency.unverified
         await check(cache, content)
 
 
