@@ -42,8 +42,9 @@ from cache.model import (
     group_count,
 )
 from cache.places import Tier
-from cache.policy.eviction import PINNED, ItemId
+from cache.policy.eviction import ItemId
 from cache.policy.parallel import Parallelism
+from cache.policy.queues import PINNED
 from cache.records import Node, VersionRow, charge, group_key
 from cache.residency import DRAM_SHARE_MAX, Residency
 from cache.walking import Found

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cache.policy.auto import AutoPolicy
 from cache.policy.due import Next
-from cache.policy.eviction import PINNED, EpochPolicy, EvictionPolicy, ItemId, LruPolicy
+from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy
 from cache.policy.policies import make_policy
+from cache.policy.queues import PINNED
 
 
 @pytest.fixture(params=["lru", "epoch", "auto"])
@@ -399,7 +400,7 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
         assert len(policy) == len(model)
         assert policy.spare_bytes + policy.expected_bytes <= sum(model.values())
         if isinstance(policy, EpochPolicy):
-            for queue in policy._queues():
+            for queue in policy._queues:
                 assert queue.size_bytes == sum(queue.values())
         if isinstance(policy, AutoPolicy):
             assert set(policy._uses) == set(model).difference(policy.pinned())

@@ -445,8 +445,8 @@ def test_a_finder_of_orders_is_told_every_first_use_of_each_epoch(dice: random.R
     told: list[tuple[str, int]] = []
 
     class Listener(ListingOrder):
-        def used(self, place: int, now_s: float) -> None:
-            told.append(("used", place))
+        def used(self, places: Sequence[int], now_s: float) -> None:
+            told.extend(("used", place) for place in places)
 
         def epoch_began(self, epoch: int) -> None:
             told.append(("epoch", epoch))

@@ -158,7 +158,7 @@ class Backwards:
     def __init__(self, members: Members) -> None:
         self._count = len(members)
 
-    def used(self, place: int, now_s: float) -> None:
+    def used(self, places: Sequence[int], now_s: float) -> None:
         pass
 
     def epoch_began(self, epoch: int) -> None:
