@@ -79,17 +79,24 @@ class AheadFetches:
 
     async def _fill_up(self, _: None) -> None:
         """Start as many fetches as may be under way."""
-        looked = 0
         self._note_retries()
-        while self._under_way < self._limit:
-            chosen = self._take()
-            if chosen is None:
-                self._parallelism.idle()
+        now_s = self._clock()
+        for followed in list(self._sets):
+            if self._under_way < self._limit and self._may_fetch(followed, now_s):
+                await self._fill_up_for(followed)
+        if self._under_way < self._limit:
+            self._parallelism.idle()
+
+    async def _fill_up_for(self, followed: Followed) -> None:
+        """Start fetches for one set, until it needs none now."""
+        looked = 0
+        while self._under_way < self._limit and self._may_go_on(followed):
+            place = followed.samples.take()
+            if place is None or not self._start(followed, place):
                 return
             looked += 1
             if looked % _CHUNK == 0:
                 await trio.lowlevel.checkpoint()
-            self._start(*chosen)
 
     @property
     def _limit(self) -> int:
@@ -106,25 +113,11 @@ class AheadFetches:
         if retries != self._retries_seen:
             self._parallelism.slowed(trio.current_time())
 
-    def _take(self) -> tuple[Followed, int] | None:
-        now_s = self._clock()
-        for followed in self._sets:
-            if not self._may_fetch(followed, now_s):
-                continue
-            place = followed.samples.take()
-            if place is not None:
-                return followed, place
-        return None
-
     def _may_fetch(self, followed: Followed, now_s: float) -> bool:
         is_known = followed.samples.upcoming.is_known
         if (not followed.is_looked_over or followed.is_looking) and not is_known:
             return False  # With the order known, few are fetched at a time, and these looked at.
-        if followed.waits_for_use or followed.account.is_wasteful:
-            return False
-        if followed.large_under_way:
-            return False  # One large member at a time: it takes several requests at once itself.
-        if not self._keeping.may_go_further(followed.samples):
+        if not self._may_go_on(followed):
             return False
         if now_s - followed.samples.last_used_s > IDLE_S:
             return False
@@ -135,29 +128,53 @@ class AheadFetches:
             self._epochs.release_idle(now_s)
         return not followed.has_no_room
 
-    def _start(self, followed: Followed, place: int) -> None:
-        """Start the fetch of a member. Few look-ups: each waits for the lake threads to let go of the GIL."""
+    def _may_go_on(self, followed: Followed) -> bool:
+        """Return whether what was started last for a set does not speak against more."""
+        if followed.waits_for_use or followed.account.is_wasteful:
+            return False
+        if followed.large_under_way:
+            return False  # One large member at a time: it takes several requests at once itself.
+        return self._keeping.may_go_further(followed.samples)
+
+    def _start(self, followed: Followed, place: int) -> bool:
+        """Start the fetch of a member that needs one; return False where there is no room for it.
+
+        Few look-ups: each waits for the lake threads to let go of the GIL.
+        """
         samples, inode = followed.samples, followed.samples.members.inodes[place]
         node = self._index.node(inode)
         if node is None or not node.vid or node.staged:
-            return samples.need_not(place)
+            samples.need_not(place)
+            return True
         next = Next(samples.upcoming.due(place))
-        if not self._residency.may_read_ahead(node.size_bytes, next.due):
-            samples.put_back(place)
-            followed.has_no_room = followed.waits_for_use = True
-            self._epochs.release_idle(self._clock())
-            return
-        followed.has_no_room = False
         version = ObjectVersion(self._key_of(node), node.etag, node.size_bytes, node.vid)
         done = partial(self._fetched, followed, samples, place, version, trio.current_time())
         started = self._fetcher.fetch_ahead_nowait(version, next, done)
+        if started is Started.MUST_WAIT and not self._residency.may_read_ahead(node.size_bytes, next.due):
+            self._put_back(followed, place)
+            return False
+        followed.has_no_room = False
         if started is Started.RESIDENT:
-            return samples.need_not(place)
+            samples.need_not(place)
+            return True
         self._under_way += 1
         followed.large_under_way += samples.large
         self._residency.ledger.fetched(version.id, version.size_bytes, followed.account)
         if started is Started.MUST_WAIT:
             self._nursery.start_soon(self._fetch, version, next, done)
+        return True
+
+    def _put_back(self, followed: Followed, place: int) -> None:
+        """There is no room for a member now: it is tried again after a use.
+
+        Where not even one of the mean size has room, at anything that wakes us.
+        """
+        samples = followed.samples
+        samples.put_back(place)
+        followed.has_no_room = True
+        is_odd = self._residency.may_read_ahead(samples.members.mean_bytes)
+        followed.waits_for_use = is_odd or samples.upcoming.is_known
+        self._epochs.release_idle(self._clock())
 
     def _key_of(self, node: Node) -> str:
         """Return the file's key. That of its directory may be old: then the lake has no such object."""

@@ -154,6 +154,7 @@ class Backwards:
     is_known = True
     changes = 0
     lead_s = 0.0
+    is_needed = True
 
     def __init__(self, members: Members) -> None:
         self._count = len(members)

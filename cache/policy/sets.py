@@ -84,6 +84,7 @@ class Upcoming(Protocol):
     is_known: bool  # Then it says itself how far ahead to go; else the set's caution does.
     changes: int  # How often what `due` and `due_later` say has become another order's.
     lead_s: float  # Told by who fetches: how long before its use a member has to be asked for.
+    is_needed: bool  # Told by the set: False while all of it is resident, and no order is worth a search.
 
     def used(self, places: Sequence[int], now_s: float) -> None:
         """Members were used the first time in this epoch, in this order.
@@ -120,6 +121,7 @@ class ListingOrder:
     is_known = False
     changes = 0
     lead_s = 0.0
+    is_needed = True
 
     def used(self, places: Sequence[int], now_s: float) -> None:
         pass
@@ -335,12 +337,14 @@ class SampleSet:
         self._ahead_count = self._ahead_used = 0
         self.status = self.status.replace(bytes([AHEAD]), bytes([DONE]))
         self.epoch += 1
+        self.upcoming.is_needed = not self.is_all_fetched
         self.upcoming.epoch_began(self.epoch)
         self.upcoming.used(list(self.used_places()), now_s)
 
     def look_again(self) -> None:
         """Forget which members are resident: something has left the tiers since the last epoch."""
         self.status = bytearray(self._used)  # A used byte is 1, which is DONE.
+        self.upcoming.is_needed = True
 
     def used_places(self) -> Iterable[int]:
         place = self._used.find(1)

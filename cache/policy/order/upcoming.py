@@ -116,6 +116,7 @@ class OrderedUpcoming:
         self.is_known = False
         self.changes = 0
         self.lead_s = 0.0
+        self.is_needed = True
         self._order: Order | None = None
         self._then: Order | None = None  # The next epoch's, if it follows from this one's.
         self._rate = _Rate()
@@ -145,7 +146,7 @@ class OrderedUpcoming:
             self._opened += places[:room]
         if self._order is not None:
             self._follow(self._order, places)
-        elif self._finder is not None and not self._is_searching:
+        elif self._finder is not None and self.is_needed and not self._is_searching:
             self._find(self._finder)
 
     def _follow(self, order: Order, places: Sequence[int]) -> None:
@@ -181,7 +182,11 @@ class OrderedUpcoming:
         """Count epochs whose order was looked for in vain, at the end of each."""
         if self._order is not None:
             self._fruitless = 0
-        elif self._finder is not None and len(self._opened) >= min(OPENS_MAX, self._count // 2):
+        elif (
+            self._finder is not None
+            and self._finder.has_looked
+            and len(self._opened) >= min(OPENS_MAX, self._count // 2)
+        ):
             self._fruitless += 1
 
     @property
