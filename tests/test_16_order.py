@@ -18,6 +18,7 @@ from cache.policy.order.following import Following
 from cache.policy.order.listings import listings
 from cache.policy.order.spec import Spec
 from cache.policy.order.upcoming import Order, OrderedUpcoming, order_of_places, order_of_sampler
+from cache.policy.sets import Members, SampleSet
 from tools.bench.loaders import opens
 
 FILES = 20_000
@@ -511,3 +512,26 @@ def test_a_told_sampler_leads_from_epoch_to_epoch_for_the_ranks_that_read_here()
         order = Spec("torch", 9, epoch, "reseed").order(5000)
         here = order.reshape(-1, 4)[:, [1, 3]].reshape(-1).tolist()
         assert taken(upcoming, bytearray(5000), 20) == here[:20]
+
+
+def test_an_order_is_looked_for_only_while_something_has_to_be_fetched() -> None:
+    order = Spec("torch", 3).order(5000).tolist()
+    upcoming = upcoming_of(5000)
+    upcoming.is_needed = False
+    upcoming.used(order[:20], 0.0)
+    assert not upcoming.is_known
+    upcoming.is_needed = True  # Something has left the tiers.
+    upcoming.used(order[20:40], 0.0)
+    assert upcoming.name == "torch with seed 3"
+
+
+def test_an_epoch_that_begins_with_all_of_its_set_resident_needs_no_order() -> None:
+    upcoming = upcoming_of(100)
+    samples = SampleSet(1, Members(range(2, 102), 100), upcoming, deep=False)
+    order, needed = list(range(0, 100, 3)) + list(range(1, 100, 3)) + list(range(2, 100, 3)), []
+    for number in range(3):
+        for place in order:
+            samples.used(place, float(number))
+        needed.append(upcoming.is_needed)
+    samples.look_again()
+    assert samples.epoch == 3 and needed == [True, False, False] and upcoming.is_needed
