@@ -16,7 +16,7 @@ from cache.keep_admin import KeepAdmin
 from cache.model import Inode
 from cache.mover import Mover
 from cache.pinning import checked_evictable
-from cache.policy.eviction import PINNED
+from cache.policy.queues import PINNED
 from cache.recorder import Recorder
 from cache.records import Node, VersionRow
 from cache.warming import items_of

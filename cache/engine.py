@@ -28,17 +28,30 @@ T = TypeVar("T")
 Then = Callable[[outcome.Outcome[Any]], None]
 
 
-class Job:
-    """*task* waits for the result, or *then* is called with it."""
+ThenAll = Callable[[list[tuple[Any, outcome.Outcome[Any]]]], None]
 
-    __slots__ = ("call", "result", "task", "then")
+
+class Job:
+    """*task* waits for the result, or *then* is called with it, or *gathered* with it and those of others.
+
+    *argument* tells this one from the others then.
+    """
+
+    __slots__ = ("argument", "call", "gathered", "result", "task", "then")
 
     def __init__(
-        self, call: Callable[[], object], task: trio.lowlevel.Task | None, then: Then | None = None
+        self,
+        call: Callable[[], object],
+        task: trio.lowlevel.Task | None = None,
+        then: Then | None = None,
+        gathered: ThenAll | None = None,
+        argument: object = None,
     ) -> None:
         self.call = call
         self.task = task
         self.then = then
+        self.gathered = gathered
+        self.argument = argument
         self.result: outcome.Outcome[Any] | None = None
 
 
@@ -91,7 +104,15 @@ class Engine:
 
     def submit(self, call: Callable[[], object], then: Then, *, demand: bool = True) -> None:
         """Have *call* run, and *then* called with its outcome on trio's thread. *then* must not raise."""
-        self._add(Job(call, None, then), demand)
+        self._add(Job(call, then=then), demand)
+
+    def submit_gathered(self, call: Callable[[], object], argument: object, then: ThenAll) -> None:
+        """Have *call* run, behind what somebody waits for, and *then* called on trio's thread.
+
+        *then* gets the (argument, outcome) of all calls submitted with it that ended together, and must not
+        raise. So what follows them can be done for all at once.
+        """
+        self._add(Job(call, gathered=then, argument=argument), demand=False)
 
     def _add(self, job: Job, demand: bool) -> None:
         with self._mutex:
@@ -126,7 +147,7 @@ class Engine:
                     with self._mutex:
                         self._ahead_running -= 1
                 try:
-                    self._finish(job, is_ahead and job.then is not None)
+                    self._finish(job, is_ahead and (job.then is not None or job.gathered is not None))
                 except trio.RunFinishedError:
                     return
                 if self._is_stopped():
@@ -158,8 +179,22 @@ class Engine:
                 if not self._gathered:  # A thread may have added one before it could see that.
                     return
                 self._is_gathering = True
-            while self._gathered:
-                self._deliver(self._gathered.popleft())
+            self._deliver_gathered()
+
+    def _deliver_gathered(self) -> None:
+        batches: dict[ThenAll, list[tuple[Any, outcome.Outcome[Any]]]] = {}
+        while self._gathered:
+            job = self._gathered.popleft()
+            if job.gathered is None:
+                self._deliver(job)
+            else:
+                assert job.result is not None
+                batches.setdefault(job.gathered, []).append((job.argument, job.result))
+        for then, results in batches.items():
+            try:
+                then(results)
+            except Exception:  # Raised into trio it would end the mover.
+                log.exception("what follows %d jobs failed", len(results))
 
     def _hand_over(self) -> None:
         while self._finished:

@@ -7,7 +7,7 @@ and left behind leaves before everything else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -40,24 +40,31 @@ class Keeping:
         self._index = index
         self._residency = residency
 
-    def used(self, samples: SampleSet, kept: Kept, place: int) -> None:
-        """A member was used: of one used a while ago, tell when next, or that it is not soon."""
-        kept.behind.append(place)
-        if len(kept.behind) <= _BEHIND:
+    def used(self, samples: SampleSet, kept: Kept, places: Sequence[int]) -> None:
+        """Members were used: of those used a while ago, tell when next, or that it is not soon."""
+        kept.behind.extend(places)
+        count = len(kept.behind) - _BEHIND
+        if count <= 0:
             return
-        place = kept.behind.popleft()
-        due = samples.upcoming.due_later(place)
+        ripe = [kept.behind.popleft() for _ in range(count)]
         # A tree that is read in its order again and again is a training that does not shuffle.
-        is_scanned = samples.epoch == 1 and samples.pattern is Pattern.SCAN
-        if not is_scanned and (due is None or self.fits(samples)):
-            return
-        node = self._index.node(samples.members.inodes[place])
-        if node is None or not node.vid:
-            return
-        if is_scanned:
-            self._residency.passed(node.vid)
-        else:
-            self._residency.expect(node.vid, Next(due, later=True))
+        if samples.epoch == 1 and samples.pattern is Pattern.SCAN:
+            for vid in filter(None, self._vids(samples, ripe)):
+                self._residency.passed(vid)
+        elif not self.fits(samples):
+            dues = [(place, samples.upcoming.due_later(place)) for place in ripe]
+            self._expect_later(samples, [(place, due) for place, due in dues if due is not None])
+
+    def _vids(self, samples: SampleSet, places: Sequence[int]) -> list[bytes]:
+        """Return the version ids of members, as far as they have any: b"" for the others."""
+        nodes = self._index.nodes(samples.members.inodes[place] for place in places)
+        return [node.vid if node is not None else b"" for node in nodes]
+
+    def _expect_later(self, samples: SampleSet, dues: list[tuple[int, int]]) -> None:
+        vids = self._vids(samples, [place for place, _ in dues])
+        for vid, (_, due) in zip(vids, dues, strict=True):
+            if vid:
+                self._residency.expect(vid, Next(due, later=True))
 
     def may_go_further(self, samples: SampleSet) -> bool:
         """Return whether it is no scan that is too far ahead: what was fetched for it leaves late."""

@@ -165,8 +165,8 @@ class Mover:
                 await self.residency.drop(vid, group)
             case messages.Used(items, files, at_s):
                 self.residency.used(items, time.time())
-                for inode, used_at_s in zip(files, at_s, strict=False):
-                    self._note_use(inode, used_at_s)
+                if self.ahead is not None:
+                    self.ahead.used_all(files, at_s)
             case messages.ReadSeen(reads):
                 for inode, offset, length in reads:
                     self._note_read(Inode(inode), offset, length)

@@ -56,7 +56,7 @@ class Members(Protocol):
 class InListingOrder:
     """What comes next while nothing is known: the first that is wanted."""
 
-    def used(self, place: int, now_s: float) -> None:
+    def used(self, places: Sequence[int], now_s: float) -> None:
         pass
 
     def epoch_began(self, epoch: int) -> None:

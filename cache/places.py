@@ -11,6 +11,7 @@ import trio
 
 from cache.errors import CacheError
 from cache.model import MIB
+from cache.policy.due import Next
 from cache.policy.eviction import EvictionPolicy, ItemId
 from cache.tier import TierBudget, TierFiles
 
@@ -50,6 +51,14 @@ class Tier:
         self.policy.added(item, size_bytes, used=used)
         if not self.files.is_memory and self.is_pinned(item[:16]):
             self.policy.pin(item)
+
+    def brought(self, items: list[tuple[ItemId, int, Next]]) -> None:
+        """The same of what was read ahead, with sizes in bytes and when each is used next."""
+        self.policy.brought(items)
+        if not self.files.is_memory:
+            for item, _, _ in items:
+                if self.is_pinned(item[:16]):
+                    self.policy.pin(item)
 
     def take(self, charged_bytes: int) -> None:
         """Charge the budget, which has room."""

@@ -24,9 +24,14 @@ class Uses:
 
     def used(self, items: list[bytes], now_s: float) -> None:
         """Note that readers hit *items*: whole objects (16 bytes) or groups (20)."""
+        free = [ItemId(item) for item in items if item not in self._held]
+        for tier in self._tiers:
+            tier.policy.touched_all(free)
+        vids = {item[:16] for item in items}
+        self.ledger.used_all(vids)
+        self._usage.update((vid, Usage()) for vid in vids - self._usage.keys())
         for item in items:
-            self.touched(ItemId(item))
-            usage = self._usage.setdefault(item[:16], Usage())
+            usage = self._usage[item[:16]]
             usage.hits += len(item) == 16
             usage.last_used_s = now_s
 

@@ -43,8 +43,9 @@ from cache.model import (
 )
 from cache.places import Tier
 from cache.placing import DRAM_KEPT_SHARE, DRAM_SHARE_MAX
-from cache.policy.eviction import PINNED, ItemId
+from cache.policy.eviction import ItemId
 from cache.policy.parallel import Parallelism
+from cache.policy.queues import PINNED
 from cache.records import Node, VersionRow, charge, group_key
 from cache.residency import Residency
 from cache.walking import Found

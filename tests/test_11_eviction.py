@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cache.policy.auto import AutoPolicy
 from cache.policy.due import Next
-from cache.policy.eviction import PINNED, EpochPolicy, EvictionPolicy, ItemId, LruPolicy
+from cache.policy.eviction import EpochPolicy, EvictionPolicy, ItemId, LruPolicy
 from cache.policy.policies import make_policy
+from cache.policy.queues import PINNED
 
 
 @pytest.fixture(params=["lru", "epoch", "auto"])
@@ -399,7 +400,7 @@ def test_a_policy_holds_what_was_added_and_not_removed(name: str, steps: list[St
         assert len(policy) == len(model)
         assert policy.spare_bytes + policy.expected_bytes <= sum(model.values())
         if isinstance(policy, EpochPolicy):
-            for queue in policy._queues():
+            for queue in policy._queues:
                 assert queue.size_bytes == sum(queue.values())
         if isinstance(policy, AutoPolicy):
             assert set(policy._uses) == set(model).difference(policy.pinned())
@@ -547,3 +548,32 @@ def test_a_group_that_grows_is_not_used_the_more_for_it() -> None:
     for size_bytes in range(2, 12):
         policy.added(item(7), size_bytes, used=True)
     assert policy.why(item(7)) == "used a moment ago" and policy.size_of(item(7)) == 11
+
+
+@pytest.mark.parametrize("name", ["lru", "epoch", "auto"])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_told_of_many_at_once_is_what_is_told_of_each(name: str, seed: int) -> None:
+    dice = random.Random(f"{name} {seed}")
+    many, each = make_policy(name), make_policy(name)
+    for _ in range(200):
+        items = [item(dice.randrange(100)) for _ in range(dice.randrange(30))]
+        nexts = [Next(dice.choice((None, dice.randrange(500))), later=dice.random() < 0.5) for _ in items]
+        if dice.random() < 0.5:
+            many.touched_all(items)
+            for one in items:
+                each.touched(one)
+        else:
+            many.brought([(one, 3, next) for one, next in zip(items, nexts, strict=True)])
+            for one, next in zip(items, nexts, strict=True):
+                each.added(one, 3, used=False)
+                each.expect(one, next)
+        for victim in each.victims(dice.randrange(60), ()):
+            many.removed(victim)
+            each.removed(victim)
+        some = item(dice.randrange(100))
+        change = dice.choice(("pin", "unpin", "want", "passed", "outdated", "release"))
+        for policy in (many, each):
+            getattr(policy, change)(some)
+        assert many.order(1000) == each.order(1000) and many.pinned() == each.pinned()
+        assert [many.why(one) for one in items] == [each.why(one) for one in items]
+        assert many.spare_bytes == each.spare_bytes and many.expected_bytes == each.expected_bytes

@@ -445,8 +445,8 @@ def test_a_finder_of_orders_is_told_every_first_use_of_each_epoch(dice: random.R
     told: list[tuple[str, int]] = []
 
     class Listener(ListingOrder):
-        def used(self, place: int, now_s: float) -> None:
-            told.append(("used", place))
+        def used(self, places: Sequence[int], now_s: float) -> None:
+            told.extend(("used", place) for place in places)
 
         def epoch_began(self, epoch: int) -> None:
             told.append(("epoch", epoch))
@@ -506,3 +506,41 @@ def test_a_set_keeps_its_invariants_whatever_happens(steps: list[tuple[str, int]
         assert samples.used_count == sum(map(samples.is_used, range(40)))
         assert all(samples.status[used] == DONE for used in samples.used_places())
         assert samples.pattern in Pattern
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_uses_told_together_are_noted_as_one_after_the_other(dice: random.Random, large: bool) -> None:
+    """Whatever is told together: an epoch's end in the middle of it, late uses, repeats."""
+
+    class Listener(ListingOrder):
+        def __init__(self) -> None:
+            self.told: list[object] = []
+
+        def used(self, places: Sequence[int], now_s: float) -> None:
+            self.told += places
+
+        def epoch_began(self, epoch: int) -> None:
+            self.told.append(("epoch", epoch, self.is_needed))
+
+    def made() -> tuple[SampleSet, Listener]:
+        listener = Listener()
+        return SampleSet(1, Members(range(2, 202), 200 * SIZE), listener, deep=False, large=large), listener
+
+    together, told_together = made()
+    alone, told_alone = made()
+    uses = [place for _ in range(4) for place in shuffled([*range(200), *range(10)], dice)]
+    times = [number * 0.01 - 0.4 * (dice.random() < 0.1) for number in range(len(uses))]
+    begun = 0
+    while uses:
+        count = dice.randrange(1, 140)
+        noted = together.used_all(uses[:count], times[:count])
+        begun += noted.has_begun
+        for place, now_s in zip(uses[: noted.uses], times[: noted.uses], strict=True):
+            assert not alone.is_late(now_s) or place in noted.late
+            begun -= alone.used(place, now_s)
+        uses, times = uses[noted.uses :], times[noted.uses :]
+        assert begun == 0 and together.epoch == alone.epoch and together.pattern == alone.pattern
+        assert together.status == alone.status and together.used_count == alone.used_count
+        if not large:
+            assert together.take() == alone.take()
+    assert together.epoch >= 4 and told_together.told == told_alone.told

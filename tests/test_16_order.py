@@ -18,6 +18,7 @@ from cache.policy.order.following import Following
 from cache.policy.order.listings import listings
 from cache.policy.order.spec import Spec
 from cache.policy.order.upcoming import Order, OrderedUpcoming, order_of_places, order_of_sampler
+from cache.policy.sets import Members, SampleSet
 from tools.bench.loaders import opens
 
 FILES = 20_000
@@ -323,7 +324,7 @@ def test_upcoming_is_never_opened_or_unwanted_nor_too_much(
 
 
 class InListingOrder:
-    def used(self, place: int, now_s: float) -> None:
+    def used(self, places: Sequence[int], now_s: float) -> None:
         pass
 
     def epoch_began(self, epoch: int) -> None:
@@ -364,7 +365,7 @@ def test_once_it_is_found_what_comes_next_is_what_is_read_next() -> None:
     order = Spec("torch", 3).order(5000).tolist()
     upcoming, status = upcoming_of(5000), bytearray(5000)
     for place in order[:20]:
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
         status[place] = 1
     assert upcoming.is_known and upcoming.name == "torch with seed 3"
     assert taken(upcoming, status, 40) == order[20:60]
@@ -376,12 +377,12 @@ def test_the_window_moves_with_the_readers() -> None:
     upcoming, status = upcoming_of(5000), bytearray(5000)
     upcoming.lead_s = 0.25
     for number, place in enumerate(order[:20]):
-        upcoming.used(place, number / 100)
+        upcoming.used([place], number / 100)
         status[place] = 1
     ahead = taken(upcoming, status, 5000)
     assert 48 <= len(ahead) <= 300
     for number, place in enumerate(order[20:100], 20):
-        upcoming.used(place, number / 100)
+        upcoming.used([place], number / 100)
         status[place] = 1
     further = taken(upcoming, status, 5000)
     assert 16 <= len(further) <= 250 and not set(further) & set(ahead)
@@ -396,7 +397,7 @@ def test_the_window_is_as_small_as_rate_and_latency_allow(rate: int, lead_s: flo
     windows, late = [], 0
     for number, place in enumerate(order[:4000]):
         late += number > 1000 and number - asked_at.get(place, number) < rate * lead_s
-        upcoming.used(place, number / rate)
+        upcoming.used([place], number / rate)
         status[place] = 1
         if upcoming.is_known:
             asked_at |= dict.fromkeys(taken(upcoming, status, 5000), number)
@@ -414,7 +415,7 @@ def test_the_next_epochs_follow_from_the_first(advance: str) -> None:
         assert upcoming.is_known == (epoch >= 2)  # Then from the first moment on, without a search.
         order = Spec("torch", 11, epoch, advance).order(5000).tolist()
         for place in order[:300]:
-            upcoming.used(place, 0.0)
+            upcoming.used([place], 0.0)
         assert upcoming.is_known
         status = bytearray(5000)
         for place in order[:300]:
@@ -426,19 +427,19 @@ def test_the_next_epochs_follow_from_the_first(advance: str) -> None:
 def test_of_several_next_orders_none_says_what_may_leave_before_opens_confirm_it(advance: str) -> None:
     upcoming = upcoming_of(5000)
     for place in Spec("torch", 11).order(5000).tolist():
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
     upcoming.epoch_began(2)
     order = Spec("torch", 11, 1, advance).order(5000).tolist()
     likeliest = Spec("torch", 11, 1, "reseed").order(5000).tolist()
     for place in order[:16]:
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
         assert (upcoming.is_known, upcoming.name, upcoming.due(order[100])) == (False, "unknown", None)
     status = bytearray(5000)
     for place in order[:16]:
         status[place] = 1
     assert (taken(upcoming, status, 1) == likeliest[16:17]) == (advance == "reseed")
     for place in order[16:64]:
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
     assert upcoming.is_known and upcoming.due(order[100]) == 5100
 
 
@@ -454,12 +455,12 @@ def test_an_order_that_nobody_finds_is_looked_for_ever_less_often_and_found_all_
         if epoch:
             upcoming.epoch_began(epoch + 1)
         for place in random.Random(f"nobody knows {epoch}").sample(range(200), 200):
-            upcoming.used(place, 0.0)
+            upcoming.used([place], 0.0)
     assert sorted(set(looks)) == [0, 1, 2, 4, 8, 16, 32]
     for epoch in range(40, 49):
         upcoming.epoch_began(epoch + 1)
         for place in Spec("torch", 3, epoch, "repeat").order(200).tolist():
-            upcoming.used(place, 0.0)
+            upcoming.used([place], 0.0)
         assert upcoming.is_known == (epoch >= 48)
 
 
@@ -468,14 +469,14 @@ def test_an_order_that_stops_holding_is_dropped_and_not_found_again_in_this_epoc
     other = np.random.default_rng(10**12).permutation(5000).tolist()
     upcoming = upcoming_of(5000)
     for place in order[:500]:
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
     assert upcoming.is_known
     rest = [place for place in other if place not in set(order[:500])]
     for place in rest[:64]:
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
     assert not upcoming.is_known
     for place in rest[64:1000]:
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
     assert not upcoming.is_known
 
 
@@ -484,7 +485,7 @@ def test_one_search_at_a_time_and_none_for_an_epoch_that_is_over() -> None:
     order = Spec("torch", 3).order(5000).tolist()
     upcoming = upcoming_of(5000, lambda work, then: begun.append((work, then)))
     for place in order[:300]:
-        upcoming.used(place, 0.0)
+        upcoming.used([place], 0.0)
     assert len(begun) == 1
     work, then = begun[0]
     upcoming.epoch_began(2)
@@ -511,3 +512,26 @@ def test_a_told_sampler_leads_from_epoch_to_epoch_for_the_ranks_that_read_here()
         order = Spec("torch", 9, epoch, "reseed").order(5000)
         here = order.reshape(-1, 4)[:, [1, 3]].reshape(-1).tolist()
         assert taken(upcoming, bytearray(5000), 20) == here[:20]
+
+
+def test_an_order_is_looked_for_only_while_something_has_to_be_fetched() -> None:
+    order = Spec("torch", 3).order(5000).tolist()
+    upcoming = upcoming_of(5000)
+    upcoming.is_needed = False
+    upcoming.used(order[:20], 0.0)
+    assert not upcoming.is_known
+    upcoming.is_needed = True  # Something has left the tiers.
+    upcoming.used(order[20:40], 0.0)
+    assert upcoming.name == "torch with seed 3"
+
+
+def test_an_epoch_that_begins_with_all_of_its_set_resident_needs_no_order() -> None:
+    upcoming = upcoming_of(100)
+    samples = SampleSet(1, Members(range(2, 102), 100), upcoming, deep=False)
+    order, needed = list(range(0, 100, 3)) + list(range(1, 100, 3)) + list(range(2, 100, 3)), []
+    for number in range(3):
+        for place in order:
+            samples.used(place, float(number))
+        needed.append(upcoming.is_needed)
+    samples.look_again()
+    assert samples.epoch == 3 and needed == [True, False, False] and upcoming.is_needed

@@ -363,6 +363,24 @@ async def test_what_is_submitted_is_told_once_and_in_batches(one_thread: Engine)
     assert told[:20] == [*range(20)] and isinstance(told[20], outcome.Error)
 
 
+async def test_what_ends_together_is_told_at_once_with_the_arguments_and_failures_of_each(
+    one_thread: Engine,
+) -> None:
+    first, told = Gate([], "first"), list[list[tuple[str, outcome.Outcome[object]]]]()
+    one_thread.submit_gathered(first, "a", told.append)
+    await first.has_begun()
+    one_thread.submit_gathered(lambda: 1 / 0, "b", told.append)
+    ended = threading.Event()
+    one_thread.submit_gathered(ended.set, "c", told.append)
+    first.may_end.set()
+    assert ended.wait(_WAIT_S)  # No turn of trio's loop since the first one ended.
+    await until(lambda: sum(map(len, told)) == 3)
+    (names, results) = zip(*(one for batch in told for one in batch), strict=True)
+    assert names == ("a", "b", "c") and results[0] == outcome.Value("first")
+    assert isinstance(results[1], outcome.Error) and isinstance(results[1].error, ZeroDivisionError)
+    assert len(told) < 3
+
+
 @pytest.mark.parametrize("demand", [True, False])
 async def test_what_follows_a_job_may_fail_alone(
     one_thread: Engine, demand: bool, caplog: pytest.LogCaptureFixture

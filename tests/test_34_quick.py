@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,25 @@ async def test_what_was_filled_is_there_and_expected_when_it_is_due(tmp_path: Pa
         assert tier.budget.used_bytes == tier.files.whole_bytes(SIZE) and tier.landing_bytes == 0
         again = cache.fetcher.fetch_ahead_nowait(version, Next(5), lambda _: None)
         assert again is Started.RESIDENT
+
+
+async def test_fills_that_end_together_are_one_transaction_and_each_fails_alone(tmp_path: Path) -> None:
+    async with open_cache(tmp_path, lake := lake_of(5), policy="auto", retry=NO_RETRY) as cache:
+        versions = [lake.head(f"k{number}").version for number in range(5)]
+        lake.put("k2", b"another")
+        gate, told = lake.hold("get"), dict[int, SluiceError | None]()
+        for number, version in enumerate(versions):
+            then = partial(told.__setitem__, number)
+            assert cache.fetcher.fetch_ahead_nowait(version, Next(number), then) is Started.UNDER_WAY
+        before = cache.index.env.info()["last_txnid"]
+        gate.set()
+        await until(lambda: len(told) == 5)
+        assert isinstance(told.pop(2), ObjectChanged) and set(told.values()) == {None}
+        assert cache.index.env.info()["last_txnid"] - before <= 4
+        policy = cache.residency.tiers[0].policy
+        assert [policy.next_of(ItemId(versions[number].id)) for number in told] == [Next(n) for n in told]
+        assert all(cache.resident_bytes(versions[number]) is not None for number in told)
+        assert cache.resident_bytes(versions[2]) is None and not cache.residency._busy
 
 
 async def test_a_reader_joins_it(tmp_path: Path) -> None:

@@ -141,6 +141,27 @@ async def test_the_rest_of_a_set_is_fetched_once_an_epoch_is_seen(tmp_path: Path
         assert shown["wasted_bytes"] == 0
 
 
+async def test_a_message_of_uses_of_several_sets_and_of_none_counts_for_each(tmp_path: Path) -> None:
+    lake = lake_of(100, "set")
+    lake.fill(bodies({f"other/{number:04}": SIZE for number in range(100)}))
+    lake.fill(bodies({f"few/{number:04}": SIZE for number in range(3)}))
+    async with reading(tmp_path, lake) as reader:
+        a, b = shuffled(await reader.folder("set"), 1), shuffled(await reader.folder("other"), 2)
+        few = await reader.folder("few")
+        for files in (a, b):
+            reader.ahead.used_all(files[:32], [reader.now_s] * 32)
+            await reader.settled()
+        uses = [inode for pair in zip(a[32:], b[32:], strict=True) for inode in pair]
+        for start in range(0, len(uses), 40):
+            told = [*uses[start : start + 20], *few, *uses[start + 20 : start + 40]]
+            reader.ahead.used_all(told, [reader.now_s] * len(told))
+            await reader.settled()
+        shown = {one["path"]: one for one in reader.ahead.status()}
+        assert shown.keys() == {"set", "other"}
+        for one in shown.values():
+            assert one["used_share"] == 1.0 and one["uses"] >= 68 and one["pattern"] == "shuffled"
+
+
 async def test_what_orders_need_is_prepared_from_the_first_use_on_and_waited_for(tmp_path: Path) -> None:
     calls, ready = list[int](), trio.Event()
 

@@ -154,11 +154,12 @@ class Backwards:
     is_known = True
     changes = 0
     lead_s = 0.0
+    is_needed = True
 
     def __init__(self, members: Members) -> None:
         self._count = len(members)
 
-    def used(self, place: int, now_s: float) -> None:
+    def used(self, places: Sequence[int], now_s: float) -> None:
         pass
 
     def epoch_began(self, epoch: int) -> None:

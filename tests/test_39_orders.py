@@ -181,7 +181,7 @@ async def test_an_order_is_found_while_the_mover_serves(tmp_path: Path, lake: Wa
         upcoming = orders.make_upcoming(await members_of(cache))
         order = Spec("torch", 42).order(len(KEYS)).tolist()
         for place in opens(order, 1, ranks=1, workers=2, batch=16):
-            upcoming.used(place, 0.0)
+            upcoming.used([place], 0.0)
             await settled(upcoming)
             if upcoming.is_known:
                 break

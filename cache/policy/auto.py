@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import chain
 
-from cache.policy.due import SOME_TIME, ByDue, Next
-from cache.policy.eviction import EpochPolicy, ItemId, _Queue
+from cache.policy.due import SOME_TIME, Next
+from cache.policy.eviction import EpochPolicy
+from cache.policy.queues import AnyQueue, ItemId, Queue
 
 _HOT_USES_MIN = 3  # The second use may be the next epoch's.
 _HOT_TIMES_MEAN = 3  # In epochs, all are used about equally often.
@@ -34,9 +35,9 @@ class AutoPolicy(EpochPolicy):
     name = "auto"
 
     def __init__(self) -> None:
+        self._scanned = Queue()
+        self._hot = Queue()
         super().__init__()
-        self._scanned = _Queue()
-        self._hot = _Queue()
         self._uses: dict[ItemId, int] = {}
         self._uses_sum = 0
         self._gone: OrderedDict[ItemId, int] = OrderedDict()  # Uses of what has left, the latest last.
@@ -50,17 +51,28 @@ class AutoPolicy(EpochPolicy):
         if used:
             self._heat(item)
 
-    def touched(self, item: ItemId) -> None:
+    def brought(self, items: Iterable[tuple[ItemId, int, Next]]) -> None:
+        for item, size_bytes, next in items:
+            if item in self._uses or item in self._pinned:
+                super().brought([(item, size_bytes, next)])
+            else:
+                self._put_expected(item, size_bytes, next)
+                self._set_uses(item, self._gone.pop(item, 0))
+
+    def _touch(self, item: ItemId, recent_max: int) -> None:
+        if item not in self._uses:
+            return  # It is not here, or pinned.
+        is_new_use = item not in self._recent  # Else it may be the next piece of the same file.
         if item in self._hot:
             self._hot.move_to_end(item)
-            self._set_uses(item, self._uses[item] + 1)
             self._gone_unused = 0
-            return
-        is_new_use = item not in self._recent  # Else it may be the next piece of the same file.
-        super().touched(item)
-        if is_new_use and item in self._uses:
-            self._set_uses(item, self._uses[item] + 1)
-            self._heat(item)
+        else:
+            super()._touch(item, recent_max)
+        if is_new_use:
+            self._uses[item] += 1
+            self._uses_sum += 1
+            if item not in self._hot:
+                self._heat(item)
 
     def removed(self, item: ItemId) -> None:
         if self._scanned.take(item) is None:
@@ -114,8 +126,8 @@ class AutoPolicy(EpochPolicy):
         scanned = (self._scanned, "read once by a scan")
         return (scanned, (self._hot, "used far more often than the others"), *super()._reasons())
 
-    def _queues(self) -> tuple[_Queue | ByDue[ItemId], ...]:
-        return (*super()._queues(), self._scanned, self._hot)
+    def _list_queues(self) -> tuple[AnyQueue, ...]:
+        return (*super()._list_queues(), self._scanned, self._hot)
 
     def _leave_gladly(self) -> Iterator[tuple[ItemId, int]]:
         return chain(reversed(self._scanned.items()), super()._leave_gladly())
@@ -134,7 +146,7 @@ class AutoPolicy(EpochPolicy):
         if uses < _HOT_USES_MIN or uses * len(self._uses) < _HOT_TIMES_MEAN * self._uses_sum:
             return
         self._hot.put(item, self._take_out(item) or 0)
-        total_bytes = sum(queue.size_bytes for queue in self._queues()) - self.pinned_bytes
+        total_bytes = sum(queue.size_bytes for queue in self._queues) - self.pinned_bytes
         while self._hot.size_bytes * _HOT_SHARE_MAX > total_bytes:
             coldest = next(iter(self._hot))
             self._needed.put(coldest, self._hot.take(coldest) or 0)

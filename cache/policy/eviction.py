@@ -6,17 +6,13 @@ version id, and 4 of group number for a group.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import chain, islice
-from typing import NewType, Protocol
+from typing import Protocol
 
 from cache.policy.due import SOME_TIME, ByDue, Next
-
-ItemId = NewType("ItemId", bytes)
-
-PINNED = "pinned"
-OUTDATED = "a later checkpoint was written since"
+from cache.policy.queues import OUTDATED, PINNED, AnyQueue, Queue, QueuedPolicy
+from cache.policy.queues import ItemId as ItemId
 
 
 class EvictionPolicy(Protocol):
@@ -27,6 +23,15 @@ class EvictionPolicy(Protocol):
 
     def touched(self, item: ItemId) -> None:
         """A reader used *item*. Unknown items are ignored: they may just have left."""
+
+    def touched_all(self, items: Iterable[ItemId]) -> None:
+        """Readers used *items*, in this order."""
+
+    def brought(self, items: Iterable[tuple[ItemId, int, Next]]) -> None:
+        """Items of these sizes in bytes were read ahead and are in the tier now, for the use that comes next.
+
+        The same as `added`, with nobody having asked, and `expect` of each.
+        """
 
     def removed(self, item: ItemId) -> None:
         """*item* has left the tier. Unknown items are ignored."""
@@ -104,66 +109,33 @@ class EvictionPolicy(Protocol):
     def __len__(self) -> int: ...
 
 
-def _take(items: Iterator[tuple[ItemId, int]], need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
-    chosen: list[ItemId] = []
-    for item, size_bytes in items:
-        if need_bytes <= 0:
-            break
-        if item in staying:
-            continue
-        chosen.append(item)
-        need_bytes -= size_bytes
-    return chosen
-
-
-class _Queue(OrderedDict[ItemId, int]):
-    """Items to their sizes, in order of use. Invariant: size_bytes is the sum; so only these change it."""
-
-    size_bytes = 0
-
-    def put(self, item: ItemId, size_bytes: int) -> None:
-        assert item not in self
-        self[item] = size_bytes
-        self.size_bytes += size_bytes
-
-    def take(self, item: ItemId) -> int | None:
-        size_bytes = self.pop(item, None)
-        self.size_bytes -= size_bytes or 0
-        return size_bytes
-
-    def put_all(self, other: _Queue) -> None:
-        self.update(other)
-        self.size_bytes += other.size_bytes
-
-
-class LruPolicy:
-    """The least recently used item leaves first, after the outdated ones."""
+class LruPolicy(QueuedPolicy):
+    """The least recently used item leaves first, after the outdated ones. It knows of no future."""
 
     name = "lru"
 
     def __init__(self) -> None:
-        self._items = _Queue()
-        self._outdated = _Queue()
-        self._pinned = _Queue()
+        super().__init__()
+        self._items = Queue()
+        self._queues = (self._items, self._outdated, self._pinned)
 
     def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
         queue = self._pinned if item in self._pinned else self._items
-        self._outdated.take(item)
-        queue.take(item)
+        self._take_out(item)
         queue.put(item, size_bytes)
 
-    def touched(self, item: ItemId) -> None:
-        if item in self._items:
-            self._items.move_to_end(item)
-        elif (size_bytes := self._outdated.take(item)) is not None:
-            self._items.put(item, size_bytes)
+    def touched_all(self, items: Iterable[ItemId]) -> None:
+        for item in items:
+            if item in self._items:
+                self._items.move_to_end(item)
+            elif (size_bytes := self._outdated.take(item)) is not None:
+                self._items.put(item, size_bytes)
 
     def removed(self, item: ItemId) -> None:
-        for queue in (self._items, self._outdated, self._pinned):
-            queue.take(item)
+        self._take_out(item)
 
     def expect(self, item: ItemId, next: Next = SOME_TIME) -> None:
-        pass  # It knows of no future.
+        pass
 
     def release(self, item: ItemId) -> None:
         pass
@@ -184,22 +156,6 @@ class LruPolicy:
     def is_wanted(self, item: ItemId) -> bool:
         return False
 
-    def pin(self, item: ItemId) -> None:
-        for queue in (self._items, self._outdated):
-            if (size_bytes := queue.take(item)) is not None:
-                self._pinned.put(item, size_bytes)
-
-    def unpin(self, item: ItemId) -> None:
-        if (size_bytes := self._pinned.take(item)) is not None:
-            self._items.put(item, size_bytes)
-
-    def pinned(self) -> list[ItemId]:
-        return list(self._pinned)
-
-    @property
-    def pinned_bytes(self) -> int:
-        return self._pinned.size_bytes
-
     def why(self, item: ItemId) -> str | None:
         if item in self._pinned:
             return PINNED
@@ -218,21 +174,14 @@ class LruPolicy:
     def spare_bytes(self) -> int:
         return 0  # What was used last would go for what may never be used.
 
-    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
-        return _take(chain(self._outdated.items(), self._items.items()), need_bytes, staying)
+    def _in_order(self) -> Iterator[tuple[ItemId, int]]:
+        return chain(self._outdated.items(), self._items.items())
 
-    def size_of(self, item: ItemId) -> int | None:
-        queues = (self._items, self._outdated, self._pinned)
-        return next((queue[item] for queue in queues if item in queue), None)
-
-    def order(self, limit: int) -> list[ItemId]:
-        return list(islice(chain(self._outdated, self._items), limit))
-
-    def __len__(self) -> int:
-        return len(self._items) + len(self._outdated) + len(self._pinned)
+    def _unpinned(self, item: ItemId, size_bytes: int) -> None:
+        self._items.put(item, size_bytes)
 
 
-class EpochPolicy:
+class EpochPolicy(QueuedPolicy):
     """For shuffled epochs: a set that stays is worth more than what came last.
 
     Each item is in one of nine queues, each in order of use. They leave in this order:
@@ -263,20 +212,20 @@ class EpochPolicy:
     _IN_HANDS = 16
 
     def __init__(self) -> None:
-        self._outdated = _Queue()
-        self._idle = _Queue()
-        self._used = _Queue()
-        self._again = _Queue()
-        self._needed = _Queue()
-        self._expected = _Queue()
+        super().__init__()
+        self._idle = Queue()
+        self._used = Queue()
+        self._again = Queue()
+        self._needed = Queue()
+        self._expected = Queue()
         self._later: ByDue[ItemId] = ByDue()
         self._planned: ByDue[ItemId] = ByDue()
-        self._recent = _Queue()
-        self._pinned = _Queue()
+        self._recent = Queue()
         self._recent_again: set[ItemId] = set()  # Those of `recent` that go on to `again`.
         self._recent_later: dict[ItemId, int] = {}  # Those that go on to `later`, and when they are due.
         self._gone_unused = 0  # Items that left since one was used.
         self.epochs = 0
+        self._queues = self._list_queues()
 
     def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
         is_pinned = item in self._pinned
@@ -284,20 +233,34 @@ class EpochPolicy:
         if is_pinned:
             self._pinned.put(item, size_bytes)
         elif used:
-            self._use(item, size_bytes, again=False)
+            self._recent.put(item, size_bytes)
+            self._pass_on(self._recent_max)
         else:
             self._needed.put(item, size_bytes)
 
-    def touched(self, item: ItemId) -> None:
-        if item in self._pinned:
-            return
+    def brought(self, items: Iterable[tuple[ItemId, int, Next]]) -> None:
+        for item, size_bytes, next in items:
+            if self._queue_of(item) is None:
+                self._put_expected(item, size_bytes, next)
+            else:
+                super().brought([(item, size_bytes, next)])
+
+    def touched_all(self, items: Iterable[ItemId]) -> None:
+        recent_max = self._recent_max  # No use changes how many items there are.
+        for item in items:
+            self._touch(item, recent_max)
+
+    def _touch(self, item: ItemId, recent_max: int) -> None:
         if item in self._recent:
             self._recent.move_to_end(item)
         else:
-            again = item in self._used or item in self._again
-            if (size_bytes := self._take_out(item)) is None:
+            queue = self._queue_of(item)
+            if queue is None or queue is self._pinned:
                 return
-            self._use(item, size_bytes, again=again)
+            self._recent.put(item, queue.take(item) or 0)
+            if queue is self._used or queue is self._again:
+                self._recent_again.add(item)
+            self._pass_on(recent_max)
             gathered = len(self._again)
             if gathered > self._AGAIN_MIN and gathered > len(self) // self._AGAIN_SHARE:
                 self.epoch_began()
@@ -306,7 +269,8 @@ class EpochPolicy:
     def epoch_began(self) -> None:
         """Start a new epoch. Recognised here; may be told from outside."""
         self._idle.put_all(self._needed)
-        self._needed, self._used, self._again = self._used, self._again, _Queue()
+        self._needed, self._used, self._again = self._used, self._again, Queue()
+        self._queues = self._list_queues()
         self._recent_again.clear()
         self._gone_unused = 0
         self.epochs += 1
@@ -325,16 +289,14 @@ class EpochPolicy:
         if next.later and next.due is not None and item in self._recent:
             self._recent_later[item] = next.due
             return
-        if (size_bytes := self._take_out(item)) is None:
-            return
+        if (size_bytes := self._take_out(item)) is not None:
+            self._put_expected(item, size_bytes, next)
+
+    def _put_expected(self, item: ItemId, size_bytes: int, next: Next) -> None:
         if next.due is None:
             self._expected.put(item, size_bytes)
         else:
             (self._later if next.later else self._planned).put(item, size_bytes, next.due)
-
-    def _put_into(self, queue: _Queue, item: ItemId) -> None:
-        if item not in self._pinned and (size_bytes := self._take_out(item)) is not None:
-            queue.put(item, size_bytes)
 
     def release(self, item: ItemId) -> None:
         if self.next_of(item) is not None and (size_bytes := self._take_out(item)) is not None:
@@ -361,20 +323,6 @@ class EpochPolicy:
 
     def is_wanted(self, item: ItemId) -> bool:
         return item in self._needed
-
-    def pin(self, item: ItemId) -> None:
-        self._put_into(self._pinned, item)
-
-    def unpin(self, item: ItemId) -> None:
-        if (size_bytes := self._pinned.take(item)) is not None:
-            self._needed.put(item, size_bytes)
-
-    def pinned(self) -> list[ItemId]:
-        return list(self._pinned)
-
-    @property
-    def pinned_bytes(self) -> int:
-        return self._pinned.size_bytes
 
     def why(self, item: ItemId) -> str | None:
         return next((reason for queue, reason in self._reasons() if item in queue), None)
@@ -405,34 +353,22 @@ class EpochPolicy:
     def bytes_beyond(self, due: int, enough_bytes: int) -> int:
         return self._planned.bytes_beyond(due, enough_bytes)
 
-    def victims(self, need_bytes: int, staying: Container[bytes]) -> list[ItemId]:
-        return _take(self._in_order(), need_bytes, staying)
-
-    def size_of(self, item: ItemId) -> int | None:
-        for queue in self._queues():
-            if item in queue:
-                return queue[item]
-        return None
-
-    def order(self, limit: int) -> list[ItemId]:
-        return [item for item, _ in islice(self._in_order(), limit)]
-
-    def __len__(self) -> int:
-        return sum(map(len, self._queues()))
-
-    def _queues(self) -> tuple[_Queue | ByDue[ItemId], ...]:
+    def _list_queues(self) -> tuple[AnyQueue, ...]:
         return (
             self._used,
             self._needed,
             self._recent,
             self._expected,
-            self._planned,
-            self._later,
             self._again,
             self._idle,
+            self._planned,
+            self._later,
             self._outdated,
             self._pinned,
         )
+
+    def _unpinned(self, item: ItemId, size_bytes: int) -> None:
+        self._needed.put(item, size_bytes)
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
         return chain(self._outdated.items(), self._leave_gladly(), self._leave_late())
@@ -461,28 +397,27 @@ class EpochPolicy:
         """Yield what is kept longer than what epochs expect: for those who derive from this."""
         return iter(())
 
-    def _use(self, item: ItemId, size_bytes: int, *, again: bool) -> None:
-        self._recent.put(item, size_bytes)
-        if again:
-            self._recent_again.add(item)
-        recent_max = max(1, min(self._RECENT_MAX, len(self) // self._RECENT_SHARE))
-        while len(self._recent) > recent_max:
-            self._pass_on(next(iter(self._recent)))
+    @property
+    def _recent_max(self) -> int:
+        return max(1, min(self._RECENT_MAX, len(self) // self._RECENT_SHARE))
 
-    def _pass_on(self, item: ItemId) -> None:
-        """Move the item from `recent` to where it stays until its next use."""
-        again, due = item in self._recent_again, self._recent_later.get(item)
-        size_bytes = self._take_out(item) or 0
-        if due is not None:
-            self._later.put(item, size_bytes, due)
-        else:
-            (self._again if again else self._used).put(item, size_bytes)
+    def _pass_on(self, recent_max: int) -> None:
+        """Move what is too much of `recent` to where it stays until its next use."""
+        while len(self._recent) > recent_max:
+            item, size_bytes = self._recent.take_oldest()
+            due = self._recent_later.pop(item, None)
+            if item in self._recent_again:
+                self._recent_again.remove(item)
+                queue = self._again
+            else:
+                queue = self._used
+            if due is None:
+                queue.put(item, size_bytes)
+            else:
+                self._later.put(item, size_bytes, due)
 
     def _take_out(self, item: ItemId) -> int | None:
-        """Take *item* out of its queue; return its size in bytes, None when it was in none."""
-        self._recent_again.discard(item)
-        self._recent_later.pop(item, None)
-        for queue in self._queues():
-            if item in queue:
-                return queue.take(item)
-        return None
+        if item in self._recent:
+            self._recent_again.discard(item)
+            self._recent_later.pop(item, None)
+        return super()._take_out(item)

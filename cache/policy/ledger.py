@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from cache.model import MIB
@@ -40,6 +41,10 @@ class Ledger:
         """The fetch failed, so nothing was fetched after all."""
         if (entry := self._open.pop(vid, None)) is not None:
             entry[0].fetched_bytes -= entry[1]
+
+    def used_all(self, vids: Set[bytes]) -> None:
+        for vid in vids & self._open.keys() if self._open else ():
+            self.used(vid)
 
     def used(self, vid: bytes) -> None:
         if (entry := self._open.pop(vid, None)) is not None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cache.model import MIB
 
@@ -56,6 +56,16 @@ class Members:
             return None
         return self._places[at] if self._places else at
 
+    def places(self, inodes: Iterable[int]) -> list[int]:
+        """Return the places of *inodes*, up to the first one that is no member."""
+        found: list[int] = []
+        for inode in inodes:
+            place = self.place(inode)
+            if place is None:
+                break
+            found.append(place)
+        return found
+
     @property
     def mean_bytes(self) -> int:
         return self.total_bytes // max(1, len(self.inodes))
@@ -74,9 +84,13 @@ class Upcoming(Protocol):
     is_known: bool  # Then it says itself how far ahead to go; else the set's caution does.
     changes: int  # How often what `due` and `due_later` say has become another order's.
     lead_s: float  # Told by who fetches: how long before its use a member has to be asked for.
+    is_needed: bool  # Told by the set: False while all of it is resident, and no order is worth a search.
 
-    def used(self, place: int, now_s: float) -> None:
-        """A member was used the first time in this epoch. *now_s*: on the clock of the uses."""
+    def used(self, places: Sequence[int], now_s: float) -> None:
+        """Members were used the first time in this epoch, in this order.
+
+        *now_s*: when the last of them was, on the clock of the uses.
+        """
 
     def epoch_began(self, epoch: int) -> None:
         """Another pass over the same members has begun; the uses seen of it so far are told next."""
@@ -107,8 +121,9 @@ class ListingOrder:
     is_known = False
     changes = 0
     lead_s = 0.0
+    is_needed = True
 
-    def used(self, place: int, now_s: float) -> None:
+    def used(self, places: Sequence[int], now_s: float) -> None:
         pass
 
     def epoch_began(self, epoch: int) -> None:
@@ -154,7 +169,35 @@ _NEARLY_ALL, _SOME = 0.9, 0.1  # Shares of the set.
 _AGAIN_AT_THE_END = 16  # More than a sampler pads.
 _AGAIN_AT_ONCE_MIN = 8
 _LATE_S = 1.0  # A hit is told of up to so late. What is older came by a clock that was set back.
-_IN_A_SCAN = (1, 2)  # Steps from a recent place: labels or images may be skipped in between.
+
+
+class Noted(NamedTuple):
+    """What became of uses: how many were noted, the last of which may have shown that an epoch has begun.
+
+    *late*: the places of those among the *uses* that were of the last epoch.
+    """
+
+    uses: int
+    has_begun: bool
+    late: list[int]
+
+
+class _Last(OrderedDict[int, None]):
+    """The last *most* different places that were put here. Asked for each use: no search in it is linear."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def put(self, place: int) -> None:
+        self[place] = None
+        self.move_to_end(place)
+        if len(self) > self._most:
+            self.popitem(last=False)
+
+    @property
+    def newest(self) -> int:
+        return next(reversed(self))
 
 
 class SampleSet:
@@ -183,9 +226,8 @@ class SampleSet:
         self._again = bytearray(len(members))
         self.used_count = 0
         self._again_count = 0
-        self._recent: deque[int] = deque(maxlen=max(1, min(_RECENT, len(members) // 4)))
-        near = max(2, min(32, len(members) // 16))
-        self._near: deque[int] = deque(maxlen=near)
+        self._recent = _Last(max(1, min(_RECENT, len(members) // 4)))
+        self._near = _Last(max(2, min(32, len(members) // 16)))
         self._follows = self._repeats = 0  # A bit for each of the last uses, the newest lowest.
         self._first_uses = self._uses = 0
         self._repeated_at_s: deque[float] = deque([0.0], maxlen=_WINDOW)  # The last ones, at least one.
@@ -198,24 +240,41 @@ class SampleSet:
     # Uses
 
     def used(self, place: int, now_s: float) -> bool:
-        """Note a use of a member; return whether it showed that a new epoch has begun.
+        """Note a use of a member; return whether it showed that a new epoch has begun."""
+        return self.used_all((place,), (now_s,)).has_begun
 
-        Nothing is noted of a late one (`is_late`).
+    def used_all(self, places: Sequence[int], at_s: Sequence[float]) -> Noted:
+        """Note uses of members in this order, up to the first one that shows that a new epoch has begun.
+
+        Nothing is noted of late ones (`is_late`).
         """
-        self.last_used_s = max(self.last_used_s, now_s)
-        if place in self._recent or self.is_late(now_s):
-            return False
-        self._recent.append(place)
-        self._uses += 1
-        self._repeats = (self._repeats << 1 | self._used[place]) & _MASK
-        if self._used[place]:
-            return self._used_again(place, now_s)
-        self._used_first(place, now_s)
-        evidence = _LARGE_EVIDENCE if self.large else _EVIDENCE
-        if self.epoch == 0 and self.used_count >= min(evidence, len(self.members)):
-            self.epoch = 1
-            return True
-        return False
+        late: list[int] = []
+        first: list[int] = []  # Those that are the first of their member in this epoch.
+        count, has_begun, is_again = 0, False, 0
+        for place, now_s in zip(places, at_s, strict=True):
+            count += 1
+            if self._began_s - _LATE_S <= now_s < self._began_s:
+                late.append(place)
+                continue
+            self.last_used_s = max(self.last_used_s, now_s)
+            if place in self._recent:
+                continue
+            self._recent.put(place)
+            self._uses += 1
+            is_again = self._used[place]
+            self._repeats = (self._repeats << 1 | is_again) & _MASK
+            if is_again:
+                has_begun = self._used_again(place, now_s)
+            else:
+                first.append(place)
+                has_begun = self._used_first(place)
+            if has_begun:
+                break
+        if first:
+            self.upcoming.used(first, self.last_used_s)
+        if has_begun and is_again:
+            self._begin_epoch(now_s)
+        return Noted(count, has_begun, late)
 
     def is_late(self, now_s: float) -> bool:
         """Return whether a use at *now_s* was one of the last epoch: this one's use is still to come."""
@@ -226,27 +285,30 @@ class SampleSet:
         assert self.epoch == 0 and not self._uses
         self.epoch, self.last_used_s = 1, now_s
 
-    def _used_first(self, place: int, now_s: float) -> None:
+    def _used_first(self, place: int) -> bool:
+        """Note the first use of a member in this epoch; return whether it shows the first epoch."""
         self._first_uses += 1
-        follows = any(place - step in self._near for step in _IN_A_SCAN)
+        follows = place - 1 in self._near or place - 2 in self._near  # Labels or images may be skipped.
         self._follows = (self._follows << 1 | follows) & _MASK
-        self._near.append(place)
+        self._near.put(place)
         self._used[place] = 1
         self.used_count += 1
         if self.status[place] == AHEAD:
             self._ahead_used += 1
         self.status[place] = DONE
-        self.upcoming.used(place, now_s)
+        if self.epoch == 0:
+            evidence = _LARGE_EVIDENCE if self.large else _EVIDENCE
+            self.epoch = int(self.used_count >= min(evidence, len(self.members)))
+            return self.epoch == 1
+        return False
 
     def _used_again(self, place: int, now_s: float) -> bool:
+        """Note a further use; return whether it shows that another epoch has begun."""
         self._repeated_at_s.append(now_s)
         if not self._again[place]:
             self._again[place] = 1
             self._again_count += 1
-        if not self._is_over():
-            return False
-        self._begin_epoch(now_s)
-        return True
+        return self._is_over()
 
     def _is_over(self) -> bool:
         """Return whether the members used again say that another epoch has begun.
@@ -275,13 +337,14 @@ class SampleSet:
         self._ahead_count = self._ahead_used = 0
         self.status = self.status.replace(bytes([AHEAD]), bytes([DONE]))
         self.epoch += 1
+        self.upcoming.is_needed = not self.is_all_fetched
         self.upcoming.epoch_began(self.epoch)
-        for place in self.used_places():
-            self.upcoming.used(place, now_s)
+        self.upcoming.used(list(self.used_places()), now_s)
 
     def look_again(self) -> None:
         """Forget which members are resident: something has left the tiers since the last epoch."""
         self.status = bytearray(self._used)  # A used byte is 1, which is DONE.
+        self.upcoming.is_needed = True
 
     def used_places(self) -> Iterable[int]:
         place = self._used.find(1)
@@ -316,7 +379,7 @@ class SampleSet:
         is_bold = self.upcoming.is_known and not self.large
         if not is_bold and self.unused_ahead >= self._ahead_max(pattern):
             return None
-        frontier = self._near[-1] if pattern is Pattern.SCAN else None
+        frontier = self._near.newest if pattern is Pattern.SCAN else None
         place = self.upcoming.next_place(self.status, frontier)
         if place is None:
             return None
@@ -377,11 +440,12 @@ class SampleSet:
         """Return the set with the members that it has now, as far into its epoch as this one."""
         successor = SampleSet(self.root, members, upcoming, deep=self.deep, large=self.large)
         successor.in_hands, successor.records_used = self.in_hands, self.records_used
-        for place in self.used_places():
-            new_place = members.place(self.members.inodes[place])
-            if new_place is not None:
-                successor._used_first(new_place, now_s)
         successor.epoch, successor.last_used_s = self.epoch, self.last_used_s
+        places = (members.place(self.members.inodes[place]) for place in self.used_places())
+        used = [place for place in places if place is not None]
+        for place in used:
+            successor._used_first(place)
+        upcoming.used(used, now_s)
         successor._began_s = self._began_s
         successor._follows, successor._repeats = self._follows, self._repeats
         successor._first_uses, successor._uses = self._first_uses, self._uses

@@ -102,6 +102,10 @@ class Finder:
     def gave_up(self) -> bool:
         return self._looks == len(_LOOKS_AT) or self._count < FILES_MIN
 
+    @property
+    def has_looked(self) -> bool:
+        return self._looks > 0
+
     def expects(self, spec: Spec | None) -> bool:
         """Return whether *spec* was given as likely, so that opens did not find it."""
         return spec in self._expected

@@ -44,7 +44,7 @@ _REFILL_SHARE = 8  # What comes next is looked up once so much of the window is 
 class Fallback(Protocol):
     """What is asked while no order is known."""
 
-    def used(self, place: int, now_s: float) -> None: ...
+    def used(self, places: Sequence[int], now_s: float) -> None: ...
 
     def epoch_began(self, epoch: int) -> None: ...
 
@@ -75,10 +75,10 @@ class _Rate:
         self._rate = 0.0
         self._began_s, self._uses = -1.0, 0
 
-    def used(self, now_s: float) -> None:
-        if self._began_s < 0:
-            self._began_s = now_s
-        self._uses += 1
+    def used(self, uses: int, now_s: float) -> None:
+        if self._began_s < 0:  # What is told together has gathered for a moment.
+            self._began_s = now_s - self._SOON_S * (uses > 1)
+        self._uses += uses
         span_s = now_s - self._began_s
         if span_s < self._BIN_S:
             return
@@ -116,6 +116,7 @@ class OrderedUpcoming:
         self.is_known = False
         self.changes = 0
         self.lead_s = 0.0
+        self.is_needed = True
         self._order: Order | None = None
         self._then: Order | None = None  # The next epoch's, if it follows from this one's.
         self._rate = _Rate()
@@ -134,24 +135,29 @@ class OrderedUpcoming:
         self._finder = None
         self._start(make)
 
-    def used(self, place: int, now_s: float) -> None:
-        """A member was used for the first time in this epoch."""
-        self._fallback.used(place, now_s)
-        self._ahead.discard(place)
+    def used(self, places: Sequence[int], now_s: float) -> None:
+        """Members were used for the first time in this epoch, in this order."""
+        self._fallback.used(places, now_s)
+        self._ahead.difference_update(places)
         self._now_s = max(self._now_s, now_s)
-        self._rate.used(self._now_s)
+        self._rate.used(len(places), self._now_s)
         self._is_exhausted = False
-        if len(self._opened) < _OPENS_KEPT_MAX:
-            self._opened.append(place)
+        if (room := _OPENS_KEPT_MAX - len(self._opened)) > 0:
+            self._opened += places[:room]
         if self._order is not None:
-            self._order.following.note_open(place)
-            if not self._order.following.holds:
-                self._drop()
-            elif self._order.is_guess and self._order.following.is_confirmed:
-                self._order.is_guess = False
-                self._know(self._order)
-        elif self._finder is not None and not self._is_searching:
+            self._follow(self._order, places)
+        elif self._finder is not None and self.is_needed and not self._is_searching:
             self._find(self._finder)
+
+    def _follow(self, order: Order, places: Sequence[int]) -> None:
+        """Have opens judge the order that is believed."""
+        for place in places:
+            order.following.note_open(place)
+            if not order.following.holds:
+                return self._drop()
+            if order.is_guess and order.following.is_confirmed:
+                order.is_guess = False
+                self._know(order)
 
     def epoch_began(self, epoch: int) -> None:
         """Another pass has begun. Its order is expected to follow from the last one's."""
@@ -176,7 +182,11 @@ class OrderedUpcoming:
         """Count epochs whose order was looked for in vain, at the end of each."""
         if self._order is not None:
             self._fruitless = 0
-        elif self._finder is not None and len(self._opened) >= min(OPENS_MAX, self._count // 2):
+        elif (
+            self._finder is not None
+            and self._finder.has_looked
+            and len(self._opened) >= min(OPENS_MAX, self._count // 2)
+        ):
             self._fruitless += 1
 
     @property
