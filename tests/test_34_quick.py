@@ -71,7 +71,7 @@ async def test_fills_that_end_together_are_one_transaction_and_each_fails_alone(
         policy = cache.residency.tiers[0].policy
         assert [policy.next_of(ItemId(versions[number].id)) for number in told] == [Next(n) for n in told]
         assert all(cache.resident_bytes(versions[number]) is not None for number in told)
-        assert cache.resident_bytes(versions[2]) is None and not cache.residency._busy
+        assert cache.resident_bytes(versions[2]) is None and not cache.residency.busy
 
 
 async def test_a_reader_joins_it(tmp_path: Path) -> None:
