@@ -418,16 +418,18 @@ static PyObject *made(PyObject *self, PyObject *args)
 	struct file file = {0};
 	unsigned long long inode, request, generation, epoch;
 	long long ctime_ns;
-	const char *path;
+	PyObject *path;
 	double valid_s;
 	int answered_cached;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "KKsIIIL(KK)pd", &inode, &request, &path, &file.mode, &file.uid, &file.gid, &ctime_ns,
+	if (!PyArg_ParseTuple(args, "KKO&IIIL(KK)pd", &inode, &request, PyUnicode_FSConverter, &path, &file.mode, &file.uid, &file.gid, &ctime_ns,
 			      &generation, &epoch, &answered_cached, &valid_s))
 		return NULL;
 	file.inode = inode, file.ctime_ns = ctime_ns, file.generation = generation, file.epoch = epoch;
-	if (!is_set_up || (file.fd = open(path, O_RDWR | O_CLOEXEC)) < 0)
+	file.fd = is_set_up ? open(PyBytes_AS_STRING(path), O_RDWR | O_CLOEXEC) : -1;
+	Py_DECREF(path);
+	if (file.fd < 0)
 		Py_RETURN_NONE;
 	if (!count_first(inode, request, answered_cached)) {
 		close(file.fd);
