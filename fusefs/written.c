@@ -423,8 +423,8 @@ static PyObject *made(PyObject *self, PyObject *args)
 	int answered_cached;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "KKO&IIIL(KK)pd", &inode, &request, PyUnicode_FSConverter, &path, &file.mode, &file.uid, &file.gid, &ctime_ns,
-			      &generation, &epoch, &answered_cached, &valid_s))
+	if (!PyArg_ParseTuple(args, "KKO&IIIL(KK)pd", &inode, &request, PyUnicode_FSConverter, &path, &file.mode,
+			      &file.uid, &file.gid, &ctime_ns, &generation, &epoch, &answered_cached, &valid_s))
 		return NULL;
 	file.inode = inode, file.ctime_ns = ctime_ns, file.generation = generation, file.epoch = epoch;
 	file.fd = is_set_up ? open(PyBytes_AS_STRING(path), O_RDWR | O_CLOEXEC) : -1;
