@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 GETATTR, OPEN, READ, STATFS, INIT, CREATE = 3, 14, 15, 17, 26, 35
 IN_HEADER, OUT_HEADER = struct.Struct("<IIQQIIII"), struct.Struct("<IiQ")
 INIT_EXT, PASSTHROUGH, WRITEBACK = 1 << 30, 1 << 37, 1 << 16
+PARALLEL_DIROPS = 1 << 18
 READDIRPLUS = 1 << 13  # pyfuse3 calls a kernel without it too old.
 KEEP_CACHE, OPEN_PASSTHROUGH = 1 << 1, 1 << 7
 RESEND = 1 << 63
@@ -149,6 +150,12 @@ def test_without_the_offer_there_is_no_passthrough(kernel: Kernel, offer: int) -
     assert not kernel.has_passthrough()
     assert kernel.open(4, 3) == (3, KEEP_CACHE, 0)
     assert kernel.ask(OPEN, 6, 103, bytes(8)) == (EIO, b""), "pass_through raises ValueError"
+
+
+@pytest.mark.parametrize("offer", [0, PARALLEL_DIROPS])
+def test_names_of_a_directory_are_looked_up_at_once_where_the_kernel_can(kernel: Kernel, offer: int) -> None:
+    (flags,) = struct.unpack_from("<12xI", kernel.shake_hands(INIT_EXT | PASSTHROUGH | offer))
+    assert flags & PARALLEL_DIROPS == offer
 
 
 def test_an_init_of_an_older_kernel_is_understood(kernel: Kernel) -> None:
