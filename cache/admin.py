@@ -285,9 +285,8 @@ class Admin:
 
     async def _drain(self, progress: Progress) -> dict[str, Any]:
         moved = 0
-        self._mover.pipes.let_go()  # They would keep the mount busy.
         with trio.move_on_after(_PIPES_GONE_S):
-            await self._mover.pipes.gone()
+            await self._mover.pipes.let_go()  # They would keep the mount busy.
         async for done, total in self._mover.residency.drain_dram():
             moved = done
             await progress({"done": done, "total": total, "unit": "bytes"})

@@ -129,7 +129,9 @@ class Filling:
                     await self._room.disk_refused(place)
                 raise
             tier.added(ItemId(vid), charged, used=demand)
-            if not (demand or wanted):
+            if wanted:
+                tier.policy.want(ItemId(vid))
+            elif not demand:
                 tier.policy.expect(ItemId(vid), next)
 
     # Large objects
@@ -225,14 +227,16 @@ class Filling:
             tier.budget.give_back(charged)
             self._sparse.add(vid, state)
             return is_sound
-        for group, _ in groups:
-            item = ItemId(group_key(vid, group))
+        items = [ItemId(group_key(vid, group)) for group, _ in groups]
+        is_held, is_wanted = self._uses.is_held(vid), all(map(tier.policy.is_wanted, items))
+        for item in items:
             charged += tier.policy.size_of(item) or 0
             tier.policy.removed(item)
-        is_held = self._uses.is_held(vid)
-        tier.added(ItemId(vid), charged, used=not is_held)
+        tier.added(ItemId(vid), charged, used=not (is_held or is_wanted))
         if is_held:
             tier.policy.expect(ItemId(vid))
+        elif is_wanted:
+            tier.policy.want(ItemId(vid))
         return True
 
 

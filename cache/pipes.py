@@ -95,15 +95,15 @@ class Pipes:
             log.warning("%s: %s; what is written there is not heard", path, error.strerror)
             return -1
 
-    def let_go(self) -> None:
-        """Close all readers that nobody writes to: the mount is to end."""
-        for reader in self._readers.values():
+    async def let_go(self) -> None:
+        """Close all readers once nobody writes to them, also those just being opened: the mount ends."""
+        for opened in list(self._opening.values()):
+            await opened.wait()
+        readers = list(self._readers.values())
+        for reader in readers:
             if not reader.text:
                 reader.until_s = 0.0
-
-    async def gone(self) -> None:
-        """Return when there is no reader any more."""
-        for reader in list(self._readers.values()):
+        for reader in readers:
             await reader.closed.wait()
 
     async def _read(self, name: bytes, reader: _Reader) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 Tree = dict[str, bytes | None]  # By path; a directory has no content.
@@ -45,7 +46,7 @@ class Write:
             if self.how == "r+b":
                 file.seek(self.offset)
             for start in range(0, len(self.content), CHUNK_BYTES):
-                file.write(self.content[start : start + CHUNK_BYTES])
+                _write_whole(file, self.content[start : start + CHUNK_BYTES])
                 tell("part")
             if self.synced:
                 os.fsync(file.fileno())
@@ -114,6 +115,13 @@ class SyncDirectory:
 
 
 Operation = Write | Rename | Remove | MakeDirectory | SyncDirectory
+
+
+def _write_whole(file: FileIO, part: bytes) -> None:
+    """Write on where a short write ended: a mount that dies within one has kept its first pages only."""
+    rest = memoryview(part)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def after(tree: Tree, operation: Operation) -> Tree:

@@ -164,9 +164,11 @@ class LiveMount(Mounted):
         self._cancel_watchdog()
         if self._was_killed:
             detach(self.cache / "dram")  # Kept for the next mount: it holds what was cached.
-        with suppress(MountFailed, subprocess.TimeoutExpired):
+        try:
             if self.directory in mounts_below(self.home):  # Not waiting for a lake that lacks something.
                 self._sluice("umount", "--lazy", str(self.directory))
+        except (MountFailed, subprocess.TimeoutExpired) as failure:
+            print(failure)
 
     def _cancel_watchdog(self) -> None:
         if self._watchdog is not None:

@@ -512,6 +512,22 @@ def test_a_policy_says_why() -> None:
 
 
 @pytest.mark.parametrize("policy", [EpochPolicy(), AutoPolicy()])
+def test_what_somebody_asked_for_is_idle_only_when_a_whole_epoch_has_passed_it_by(
+    policy: EvictionPolicy,
+) -> None:
+    """An epoch that ends while a command brings what is for the next one says nothing about it."""
+    filled(policy, 40)
+    for number in range(100, 110):
+        policy.added(item(number), 1, used=False)
+        policy.want(item(number))
+    assert policy.why(item(100)) == "asked for, not yet used" and policy.is_wanted(item(100))
+    policy.epoch_began()
+    assert policy.why(item(100)) == "not yet used in this epoch" and policy.is_wanted(item(100))
+    policy.epoch_began()
+    assert policy.why(item(100)) == "not used in the last epoch"
+
+
+@pytest.mark.parametrize("policy", [EpochPolicy(), AutoPolicy()])
 def test_what_somebody_asked_for_keeps_its_turn_in_a_known_order(policy: EvictionPolicy) -> None:
     filled(policy, 40)
     policy.expect(item(0), Next(100))
@@ -539,7 +555,7 @@ def test_a_pinned_item_that_was_hot_is_held_by_its_pin_alone() -> None:
         policy.epoch_began()
     assert (policy.why(item(0)), policy.pinned_bytes) == (PINNED, 2)
     policy.unpin(item(0))
-    assert policy.why(item(0)) == "not yet used in this epoch"
+    assert policy.why(item(0)) == "asked for, not yet used"
 
 
 def test_a_group_that_grows_is_not_used_the_more_for_it() -> None:

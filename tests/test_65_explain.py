@@ -28,7 +28,7 @@ def test_ls_says_what_leaves_next_and_why(mounting: Mounting, folder: Folder) ->
         mount.read(f"set/{number:02d}")
     assert sluice("pin", mount.directory / "set/05").returncode == 0
     entries = listed(mount)
-    assert entries["set/00"]["leaves"] == "not yet used in this epoch"
+    assert entries["set/00"]["leaves"] == "asked for, not yet used"
     assert (entries["set/05"]["leaves"], entries["set/05"]["pinned"]) == ("pinned", True)
     assert entries["set/05"]["victim_rank"] is None
     used = [entry for entry in entries.values() if entry["leaves"] == "used in this epoch"]

@@ -184,7 +184,7 @@ class LruPolicy(QueuedPolicy):
 class EpochPolicy(QueuedPolicy):
     """For shuffled epochs: a set that stays is worth more than what came last.
 
-    Each item is in one of nine queues, each in order of use. They leave in this order:
+    Each item is in one of ten queues, each in order of use. They leave in this order:
       outdated  a checkpoint that a later one has followed, and that was not used since
       idle    not used in the whole of the last epoch
       used    used in this epoch, *newest first*: so one miss replaces the last one, and the rest
@@ -192,6 +192,7 @@ class EpochPolicy(QueuedPolicy):
       again   used a second time since this epoch began: the next one may have begun
       later   told from outside: when the next epoch will use it. The furthest first
       needed  used in the last epoch or brought unasked, not yet used in this one
+      asked   somebody asked in this epoch to have it here (`want`), and has not used it yet
       recent  used a moment ago: somebody may still be reading it
       planned told from outside: when this epoch will use it. The furthest first
       expected  told from outside: a recognised epoch has not used it yet, and may at any time
@@ -217,6 +218,7 @@ class EpochPolicy(QueuedPolicy):
         self._used = Queue()
         self._again = Queue()
         self._needed = Queue()
+        self._asked = Queue()
         self._expected = Queue()
         self._later: ByDue[ItemId] = ByDue()
         self._planned: ByDue[ItemId] = ByDue()
@@ -270,6 +272,8 @@ class EpochPolicy(QueuedPolicy):
         """Start a new epoch. Recognised here; may be told from outside."""
         self._idle.put_all(self._needed)
         self._needed, self._used, self._again = self._used, self._again, Queue()
+        self._needed.put_all(self._asked)  # No whole epoch has passed it by yet.
+        self._asked = Queue()
         self._queues = self._list_queues()
         self._recent_again.clear()
         self._gone_unused = 0
@@ -319,10 +323,10 @@ class EpochPolicy(QueuedPolicy):
 
     def want(self, item: ItemId) -> None:
         if item not in self._expected and item not in self._planned:
-            self._put_into(self._needed, item)
+            self._put_into(self._asked, item)
 
     def is_wanted(self, item: ItemId) -> bool:
-        return item in self._needed
+        return item in self._needed or item in self._asked
 
     def why(self, item: ItemId) -> str | None:
         return next((reason for queue, reason in self._reasons() if item in queue), None)
@@ -336,6 +340,7 @@ class EpochPolicy(QueuedPolicy):
             (self._again, "used again in this epoch"),
             (self._later, "expected by the next epoch, in its order"),
             (self._needed, "not yet used in this epoch"),
+            (self._asked, "asked for, not yet used"),
             (self._recent, "used a moment ago"),
             (self._planned, "expected by the running epoch, in its order"),
             (self._expected, "expected by the running epoch"),
@@ -347,7 +352,7 @@ class EpochPolicy(QueuedPolicy):
 
     @property
     def spare_bytes(self) -> int:
-        spare = (self._outdated, self._idle, self._used, self._again, self._later, self._needed)
+        spare = (self._outdated, self._idle, self._used, self._again, self._later, self._needed, self._asked)
         return sum(queue.size_bytes for queue in spare)
 
     def bytes_beyond(self, due: int, enough_bytes: int) -> int:
@@ -357,6 +362,7 @@ class EpochPolicy(QueuedPolicy):
         return (
             self._used,
             self._needed,
+            self._asked,
             self._recent,
             self._expected,
             self._again,
@@ -368,7 +374,7 @@ class EpochPolicy(QueuedPolicy):
         )
 
     def _unpinned(self, item: ItemId, size_bytes: int) -> None:
-        self._needed.put(item, size_bytes)
+        self._asked.put(item, size_bytes)
 
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
         return chain(self._outdated.items(), self._leave_gladly(), self._leave_late())
@@ -381,6 +387,7 @@ class EpochPolicy(QueuedPolicy):
             self._again.items(),
             self._later.items(),
             self._needed.items(),
+            self._asked.items(),
         )
 
     def _leave_late(self) -> Iterator[tuple[ItemId, int]]:
