@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator
 from itertools import islice
@@ -43,7 +44,7 @@ class Queue(OrderedDict[ItemId, int]):
 AnyQueue = Queue | ByDue[ItemId]
 
 
-class QueuedPolicy:
+class QueuedPolicy(ABC):
     """Items in queues, in the order in which they leave (`_in_order`).
 
     What is `_outdated` leaves before all others, what is `_pinned` never.
@@ -58,13 +59,13 @@ class QueuedPolicy:
 
     # For those who derive from this
 
+    @abstractmethod
     def _in_order(self) -> Iterator[tuple[ItemId, int]]:
         """Yield (item, size in bytes) of what is not pinned, first to leave first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _unpinned(self, item: ItemId, size_bytes: int) -> None:
         """Put an item where it goes that was pinned until now."""
-        raise NotImplementedError
 
     def _queue_of(self, item: ItemId) -> AnyQueue | None:
         for queue in self._queues:
@@ -84,14 +85,14 @@ class QueuedPolicy:
 
     # The parts of EvictionPolicy that are the same for all
 
-    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def added(self, item: ItemId, size_bytes: int, *, used: bool) -> None: ...
 
-    def touched_all(self, items: Iterable[ItemId]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def touched_all(self, items: Iterable[ItemId]) -> None: ...
 
-    def expect(self, item: ItemId, next: Next) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def expect(self, item: ItemId, next: Next) -> None: ...
 
     def brought(self, items: Iterable[tuple[ItemId, int, Next]]) -> None:
         for item, size_bytes, next in items:
