@@ -77,8 +77,14 @@ class Running:
         return not self._ended
 
     def finish(self, within_s: float = 60.0) -> list[Told]:
-        """Wait for its end, whether it came through or failed; return all that it told."""
-        self._listener.join(within_s)
+        """Wait for its end, whether it came through or failed; return all that it told.
+
+        Fails when nothing more is told for *within_s*.
+        """
+        told = -1
+        while self._listener.is_alive() and told < len(self.told):
+            told = len(self.told)
+            self._listener.join(within_s)
         assert not self._listener.is_alive(), f"stuck after {self.told[-1:]}"
         self._process.wait()
         errors = self._process.stderr.read().decode() if self._process.stderr else ""
