@@ -23,7 +23,9 @@ from cache.records import Node
 replace = msgspec.structs.replace
 
 
-async def know_again(lake: LakeIO, index: Index, committer: Committer, table: PendingTable, inode: int) -> bool:
+async def know_again(
+    lake: LakeIO, index: Index, committer: Committer, table: PendingTable, inode: int
+) -> bool:
     """Have the node name what our own copy made of its object; return whether it was such a one.
 
     Asks the lake only where there is a Restate row of the node. Raises LakeError.
