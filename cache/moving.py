@@ -368,6 +368,8 @@ class Moves:
             w.put_node(row.inode, renewed(w, self._table, row.inode, now, copied.info.version.etag))
 
         await self._committer.commit(change)
+        if copied is None and node is not None and not node.is_directory:
+            self._note_changed(row.inode)  # Once its row is gone: see `move`.
 
     async def _copy_in_place(self, row: Restate) -> _Copied | None:
         """Give the object its new metadata; None where it is not the one that the row is about."""
@@ -376,7 +378,8 @@ class Moves:
             node = self._index.node(row.inode)
             try:
                 source = await self._lake.head(key)
-                if node is not None and source.version.etag != node.etag:
+                # After a power loss the node may be made of the row, and nobody have looked yet.
+                if node is not None and node.etag and source.version.etag != node.etag:
                     if await self._know_again(row.inode):
                         continue
                     log.warning("%s: has changed in the lake: its mode, owner and times stay", key)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 
 from cache import messages
 from cache.config import CacheDirectory, LakeConfig, MountConfig
@@ -209,6 +210,28 @@ async def test_what_somebody_else_wrote_since_is_not_taken_for_ours(
     async def go_on(mover: Mover) -> None:
         await drain(mover)
         assert content(lake, "new") == FOREIGN
+        etag = lake.head("new").version.etag
+        with trio.fail_after(30):  # It is looked at once nothing is under way any more.
+            while mover.index.node(await find(mover, b"new")).etag != etag:  # type: ignore[union-attr]
+                await trio.lowlevel.checkpoint()
         assert await read(mover, await find(mover, b"new")) == FOREIGN
 
     await machine.run(go_on)
+
+
+async def test_a_chmod_that_was_not_made_before_a_power_loss_is_made_without_a_look_at_the_file(
+    machine: Machine,
+) -> None:
+    async def script(mover: Mover) -> None:
+        assert mover.write_path is not None
+        inode = await find(mover, b"file")
+        machine.lake.fault = FirstCopies(0)
+        await mover.handle(messages.SetAttributes(inode, mode=0o600), 2)
+        await mover.write_path.keeper.settled()
+        machine.keep(*POWER_LOSS)
+
+    await machine.run(script)
+    machine.put_back()
+    machine.lake.fault = None
+    await machine.run(drain)
+    assert machine.lake.head("file").metadata.get("mode") == "600"

@@ -142,6 +142,11 @@ def test_a_checkpoint_is_of_its_series_once_it_has_its_name(
     mount = mounting.mount(
         folder.url, "--no-read-only", "--upload-delay=0", "--dram=0", "--policy=lru", "--read-ahead=none"
     )
+    name, expected = "shards/rank0.pt" if whole else "rank0.pt", set[str]()
+
+    def is_as_expected() -> bool:
+        return outdated(mount) == expected
+
     for step in (100, 200, 300):
         final = mount.directory / f"step_{step}"
         made = mount.directory / f"tmp_step_{step}" if whole else final
@@ -150,8 +155,8 @@ def test_a_checkpoint_is_of_its_series_once_it_has_its_name(
         path.write_bytes(content(MIB, step))
         if uploaded:
             assert sluice("sync", mount.directory).returncode == 0
+            assert is_as_expected()  # The last one is not, while this one is not whole.
         os.rename(*((made, final) if whole else (path, final / "rank0.pt")))
         assert sluice("sync", mount.directory).returncode == 0
-    name = "shards/rank0.pt" if whole else "rank0.pt"
-    expected = {f"step_{step}/{name}" for step in (100, 200)}
-    until(lambda: outdated(mount) == expected, "the earlier ones are outdated, and the latest is not")
+        expected |= {f"step_{step - 100}/{name}"} if step > 100 else set()
+        until(is_as_expected, "the one before is outdated, and this one is not")
