@@ -50,6 +50,8 @@ class Sender(Protocol):
 
     def wake(self) -> None: ...
 
+    def renamed(self, parent: int, name: bytes) -> None: ...
+
     async def wait_for(self, inode: int) -> None: ...
 
 
@@ -168,6 +170,9 @@ class Changes:
         self._forget_mode(request)
         if not isinstance(request, messages.Create):  # Its writer closes it first, or the next scan sees it.
             self._sender.wake()
+        if isinstance(request, messages.Rename):
+            self._sender.renamed(request.new_parent, request.new_name)
+            self._sender.renamed(request.parent, request.name)  # Two may have changed places.
         if isinstance(request, messages.SetXattr):
             self._tell_of_xattrs(request.inode)
 

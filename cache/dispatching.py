@@ -15,6 +15,7 @@ from functools import partial
 
 import trio
 
+from cache.checkpoints import CheckpointNotes
 from cache.committer import Committer
 from cache.errors import SluiceError
 from cache.index import Index
@@ -37,7 +38,6 @@ from cache.pending import (
 )
 from cache.planning import Plans
 from cache.planning import UploadConfig as UploadConfig
-from cache.policy.series import Checkpoints
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, TokenBucket
 from cache.residency import Residency
 from cache.sending import Sender, SlotGate, Stale
@@ -82,6 +82,7 @@ class Dispatcher:
         gate = SlotGate(config.threads)
         sender = Sender(lake, gate, TokenBucket(config.bandwidth))
         self.plans = Plans(committer, table, staging, opens, config)
+        self.checkpoints = CheckpointNotes(nursery, index, residency)
         self._puts = Puts(
             lake,
             sender,
@@ -93,7 +94,7 @@ class Dispatcher:
             keeper,
             on_receipt,
             config.cache_id,
-            Checkpoints(),
+            self.checkpoints,
             self.plans.note_upload,
         )
         self._moves = Moves(lake, index, committer, table, keeper, self._waits_for_close)

@@ -24,6 +24,7 @@ from cache.pending import KeyWatch, PendingTable
 from cache.policy.freshness import Freshness
 from cache.policy.names import why_no_name
 from cache.records import Node
+from cache.restating import know_again
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class Lister:
         if why_no_name(part) is not None:
             return False
         known = self._index.child(parent, name)
-        if known is not None and self._is_local(*known):
+        if known is not None and (await self._know_again(known[0]) or self._is_local(*known)):
             return True
         changed: Changed = []
         asked_at_s = time.time()
@@ -192,6 +193,9 @@ class Lister:
             await self._committer.commit(apply)
         await self._tell(changed)
         return self._index.child(parent, name) is not None
+
+    async def _know_again(self, inode: Inode) -> bool:
+        return await know_again(self._lake, self._index, self._committer, self._pending, inode)
 
     async def _ask_for_key(self, key: str) -> FoundKey:
         """Return what the lake has under *key*. Raises LakeError."""

@@ -1,25 +1,29 @@
 """What travels with an object as user metadata: mode, owner, time, extended attributes, and whose it is.
 
 `mode` (octal), `uid`, `gid` and `mtime` (seconds, with a fraction) are as rclone writes them; ours are
-`sluice-id` and `sluice-checksum`, and `sluice-xattrs` (base64 of msgpack). S3 takes 2 KB in all.
+`sluice-id`, `sluice-checksum` and `sluice-restated`, and `sluice-xattrs` (base64 of msgpack). S3 takes 2 KB
+in all.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from cache.model import ObjectInfo, ObjectVersion
 from cache.records import Attributes, whole_checksum
 
 METADATA_BYTES_MAX = 2048  # S3 User Guide, "Working with object metadata".
 _MODE, _UID, _GID, _MTIME = "mode", "uid", "gid", "mtime"
 _ID, _CHECKSUM, _XATTRS = "sluice-id", "sluice-checksum", "sluice-xattrs"
 _CHECKSUM_KIND = "xxh3-128k"  # Of the xxh3_64 of each 128 KiB, little-endian, the xxh3_128.
-_ALL = (_MODE, _UID, _GID, _MTIME, _ID, _CHECKSUM, _XATTRS)
+_RESTATED = "sluice-restated"
+_ALL = (_MODE, _UID, _GID, _MTIME, _ID, _CHECKSUM, _XATTRS, _RESTATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +64,41 @@ def metadata_of(attributes: Attributes | None, mtime_ns: int) -> dict[str, str]:
     return metadata
 
 
-_RESERVED_BYTES = 256  # For id and checksum.
+_RESERVED_BYTES = 256  # For id, checksum and what an object was made of.
 
 
 def with_id(metadata: Mapping[str, str], sent: SentId, checksum: str) -> dict[str, str]:
     return {**metadata, _ID: str(sent), _CHECKSUM: checksum}
 
 
-def restated(present: Mapping[str, str], attributes: Attributes, mtime_ns: int) -> dict[str, str]:
-    """Return *present* with the attributes changed: what others, and the upload, noted there stays."""
+def restated(
+    present: Mapping[str, str], attributes: Attributes, mtime_ns: int, source: ObjectVersion
+) -> dict[str, str]:
+    """Return *present*, of *source*, with the attributes changed, and a mark that says whose copy has them:
+    what others, and the upload, noted there stays.
+    """
     present = lower(present)
     stays = {name: value for name, value in present.items() if name not in _ALL or name in (_ID, _CHECKSUM)}
     if not mtime_ns and _MTIME in present:
         stays[_MTIME] = present[_MTIME]
-    return {**stays, **metadata_of(attributes, mtime_ns)}
+    metadata = {**stays, **metadata_of(attributes, mtime_ns)}
+    marked = {**metadata, _RESTATED: _mark_of(metadata, source)}
+    return marked if _size(marked) <= METADATA_BYTES_MAX else metadata
+
+
+def is_restated(info: ObjectInfo, source: ObjectVersion) -> bool:
+    """Return whether *info* is what giving *source* other metadata has made of it: the same bytes."""
+    metadata = lower(info.metadata)
+    mark = metadata.pop(_RESTATED, "")
+    version = info.version
+    is_same = (version.key, version.size_bytes) == (source.key, source.size_bytes)
+    return is_same and mark == _mark_of(metadata, source)
+
+
+def _mark_of(metadata: Mapping[str, str], source: ObjectVersion) -> str:
+    """Return what names *source* and the metadata of its copy: who changes either makes it void."""
+    named = msgspec.msgpack.encode((source.key, source.etag, source.size_bytes, sorted(metadata.items())))
+    return hashlib.blake2b(named, digest_size=16).hexdigest()
 
 
 def attributes_of(metadata: Mapping[str, str], ctime_ns: int) -> tuple[Attributes | None, int]:

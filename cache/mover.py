@@ -269,7 +269,7 @@ class Mover:
         return Answer(0)
 
     async def _of_version(self, inode: Inode, ask: Callable[[ObjectVersion], Awaitable[T]]) -> T:
-        """Return what *ask* does for the inode's version; ask again where that was moved meanwhile.
+        """Return what *ask* does for the inode's version; ask again where the index has another one by now.
 
         Should the lake turn out to have another one, the inode's path shows that from now on. Else it
         would be ESTALE until its ttl has passed, however often it is opened.
@@ -279,13 +279,12 @@ class Mover:
             try:
                 return await ask(version)
             except (ObjectChanged, ObjectMissing):
-                if self.index.node(inode) is not None and self._version(inode) != version:
-                    continue
-                if not self.index.is_detached(inode):
+                if self._version(inode) == version and not self.index.is_detached(inode):
                     with suppress(SluiceError):  # What is told is that the version is gone.
                         node = self._node(inode)
                         await self.lister.refresh_entry(Inode(node.parent), node.name)
-                raise
+                if self._version(inode) == version:
+                    raise  # Else it was moved, or is a copy of ours (`restating`).
 
     def _node(self, inode: Inode) -> Node:
         node = self.index.node(inode)

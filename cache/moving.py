@@ -25,6 +25,7 @@ from cache.metadata import metadata_of, restated
 from cache.model import Inode, ObjectInfo, ObjectVersion
 from cache.pending import Delete, Mark, Move, PendingTable, Restate
 from cache.records import Node
+from cache.restating import know_again, renewed
 from cache.sending import Stale, run_all
 from cache.uploading import put_origin
 
@@ -110,6 +111,7 @@ class Moves:
 
     async def _asked(self, row: Move, source: str) -> ObjectVersion:
         """Return what is to be moved, without an ETag if nothing is there. Raises LakeError."""
+        await self._know_again(row.inode)
         node = self._index.node(row.inode) if row.inode else None
         if node is not None and node.etag and self._index.key_of(row.inode) == row.source:
             # Its metadata may have been restated since the row was made: that is another ETag.
@@ -170,16 +172,7 @@ class Moves:
         source = copied.source
         if copied.info is None or (node.etag, node.size_bytes) != (source.etag, source.size_bytes):
             return node
-        return self._renewed(w, inode, node, copied.info.version.etag)
-
-    def _renewed(self, w: IndexWriter, inode: int, node: Node, etag: str) -> Node:
-        """Return the node with another ETag; all moves that it has yet to make say so too, those of
-        directories in between or not: where the index is lost, the node is made anew from them.
-        """
-        for seq, row in self._table.of_inode(inode):
-            if isinstance(row, Move) and not row.copied and row.etag == node.etag:
-                self._table.replace(w, seq, replace(row, etag=etag))
-        return replace(node, etag=etag)
+        return renewed(w, self._table, inode, node, copied.info.version.etag)
 
     def _note_changed(self, inode: int) -> None:
         node = self._index.node(inode) if inode else None
@@ -359,39 +352,50 @@ class Moves:
         if not isinstance(row, Restate):
             raise Stale(str(seq))
         node = self._index.node(row.inode)
-        info: ObjectInfo | None = None
+        copied: _Copied | None = None
         if node is not None and node.is_directory:
             await self._put_marker(row)
         elif node is not None:
-            info = await self._copy_in_place(row, node)
+            copied = await self._copy_in_place(row)
 
         def change(w: IndexWriter) -> None:
             self._table.running.end(seq)
             if self._table.rows.get(seq) == row:
                 self._table.remove(w, seq)
             now = w.node(row.inode)
-            if info is not None and now is not None and now.etag == node.etag:  # type: ignore[union-attr]
-                w.put_node(row.inode, self._renewed(w, row.inode, now, info.version.etag))
+            if copied is None or copied.info is None or now is None or now.etag != copied.source.etag:
+                return
+            w.put_node(row.inode, renewed(w, self._table, row.inode, now, copied.info.version.etag))
 
         await self._committer.commit(change)
+        if copied is None and node is not None and not node.is_directory:
+            self._note_changed(row.inode)  # Once its row is gone: see `move`.
 
-    async def _copy_in_place(self, row: Restate, node: Node) -> ObjectInfo | None:
+    async def _copy_in_place(self, row: Restate) -> _Copied | None:
         """Give the object its new metadata; None where it is not the one that the row is about."""
         key = os.fsdecode(row.key)
         for _ in range(_CHANGES_MAX):
+            node = self._index.node(row.inode)
             try:
-                info = await self._lake.head(key)
-                if info.version.etag != node.etag:
+                source = await self._lake.head(key)
+                # After a power loss the node may be made of the row, and nobody have looked yet.
+                if node is not None and node.etag and source.version.etag != node.etag:
+                    if await self._know_again(row.inode):
+                        continue
                     log.warning("%s: has changed in the lake: its mode, owner and times stay", key)
                     return None
-                metadata = restated(info.metadata, row.attributes, row.mtime_ns)
-                return await self._lake.copy(info.version, key, metadata)
+                metadata = restated(source.metadata, row.attributes, row.mtime_ns, source.version)
+                info = await self._lake.copy(source.version, key, metadata)
+                return _Copied(source.version, info)
             except (ObjectChanged, ObjectExists):
                 continue
             except ObjectMissing:
                 log.warning("%s: is gone from the lake: its mode, owner and times can't be stored", key)
                 return None
         return None
+
+    async def _know_again(self, inode: int) -> bool:
+        return await know_again(self._lake, self._index, self._committer, self._table, inode)
 
 
 def _place(w: IndexWriter, inode: int, node: Node, key: bytes) -> None:

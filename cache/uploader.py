@@ -95,6 +95,10 @@ class Uploader:
         """Have rows that changed looked at. To be called after each commit that changed some."""
         self._dispatcher.wake()
 
+    def renamed(self, parent: int, name: bytes) -> None:
+        """Take note of what has this name from now on."""
+        self._dispatcher.checkpoints.renamed(parent, name)
+
     @property
     def dirty_bytes(self) -> int:
         """The bytes in staging files that the lake has not."""

@@ -16,6 +16,7 @@ from functools import partial
 
 import msgspec
 
+from cache.checkpoints import CheckpointNotes
 from cache.committer import Committer
 from cache.errors import (
     FileTooLarge,
@@ -33,7 +34,6 @@ from cache.metadata import SentId, checksum_of, metadata_of, with_id
 from cache.model import OBJECT_BYTES_MAX, ObjectInfo, ObjectVersion
 from cache.opens import Mode, OpenState, OpenTable
 from cache.pending import CONFLICT, FAILED, SEALED, PendingTable, Put, Restate, unsent, upload_mark
-from cache.policy.series import Checkpoints
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, part_bytes
 from cache.records import Node
 from cache.residency import Residency
@@ -79,7 +79,7 @@ class Puts:
         keeper: JournalKeeper,
         on_receipt: Callable[[Receipt], None],
         cache_id: str,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointNotes,
         note_upload: NoteUpload,
     ) -> None:
         self._lake = lake
@@ -319,8 +319,8 @@ class Puts:
             clean = commit(None)
         if not clean:
             await self._note_uploaded(seq, row, content, info)
-        elif outdated := self._checkpoints.stored(row.path, info.version.id, content.mtime_ns):
-            self._residency.outdated(outdated)
+        else:
+            self._checkpoints.stored(row.inode)
 
     def _commit_clean(
         self, seq: int, sent: Put, content: Content, info: ObjectInfo, land: Land | None

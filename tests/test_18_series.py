@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from cache.policy.series import Checkpoints, series_of
@@ -93,3 +95,54 @@ def test_series_that_were_not_heard_of_for_long_are_forgotten() -> None:
     assert len(checkpoints._latest) < 5000
     assert checkpoints.stored(b"run0/ckpt-2.pt", b"w", 9999) is None
     assert checkpoints.stored(b"run4999/ckpt-2.pt", b"w", 9999) == b"v"
+
+
+def test_a_checkpoint_that_is_renamed_to_its_name_makes_the_one_before_outdated() -> None:
+    checkpoints = Checkpoints()
+    for step, vid, outdated in ((100, b"a", None), (200, b"b", b"a"), (300, b"c", b"b")):
+        assert checkpoints.stored(b"latest.tmp", vid, step) is None
+        assert checkpoints.stored(b"ckpt-%d.pt" % step, vid, step) == outdated
+
+
+@pytest.mark.parametrize(
+    "temporary", ["step_%d/model.tmp", "tmp_step_%d/model", "ckpt.tmp-%d", "tmp-ckpt-%d"]
+)
+def test_what_is_written_under_a_temporary_name_makes_nothing_outdated(temporary: str) -> None:
+    """The last whole checkpoint is not the temporary one's predecessor before that has its name."""
+    checkpoints = Checkpoints()
+    for step, vid, outdated in ((100, b"a", None), (200, b"b", b"a"), (300, b"c", b"b")):
+        assert checkpoints.stored((temporary % step).encode(), vid, step) is None
+        assert checkpoints.stored(b"step_%d/model" % step, vid, step) == outdated
+
+
+def test_a_temporary_one_that_was_left_behind_is_outdated_by_the_next() -> None:
+    checkpoints = Checkpoints()
+    assert checkpoints.stored(b"tmp-ckpt-100", b"a", 1) is None
+    assert checkpoints.stored(b"tmp-ckpt-200", b"b", 2) == b"a"
+
+
+def test_what_leaves_its_series_is_not_outdated_by_it() -> None:
+    checkpoints = Checkpoints()
+    assert checkpoints.stored(b"ckpt-100.pt", b"a", 1) is None
+    assert checkpoints.stored(b"best.pt", b"a", 1) is None
+    assert checkpoints.stored(b"ckpt-200.pt", b"b", 2) is None
+    assert checkpoints.stored(b"ckpt-300.pt", b"c", 3) == b"b"
+
+
+def test_a_checkpoint_is_never_outdated_by_itself() -> None:
+    """The same bytes at the same temporary key are one version; and another number may be given later."""
+    checkpoints = Checkpoints()
+    assert checkpoints.stored(b"ckpt-100.pt", b"a", 1) is None
+    assert checkpoints.stored(b"ckpt-300.pt", b"a", 1) is None
+    assert checkpoints.stored(b"ckpt-200.pt", b"a", 1) is None
+    assert checkpoints.stored(b"ckpt-250.pt", b"b", 2) == b"a"
+
+
+def test_a_version_is_the_latest_of_one_series_at_most() -> None:
+    checkpoints, dice = Checkpoints(), random.Random(1)
+    for number in range(5000):
+        path = b"run%d/%s%d" % (dice.randrange(2000), dice.choice((b"ckpt-", b"x")), number)
+        vid = b"%d" % dice.randrange(500)
+        checkpoints.stored(path, vid, dice.randrange(100))
+        series = {vid: series for series, (_, _, vid) in checkpoints._latest.items()}
+        assert series == checkpoints._series and len(series) == len(checkpoints._latest) <= 1024

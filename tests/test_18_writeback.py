@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,11 +14,12 @@ from cache.metadata import (
     SentId,
     attributes_of,
     checksum_text,
+    is_restated,
     metadata_of,
     restated,
     with_id,
 )
-from cache.model import BLOCK_BYTES, MIB, OBJECT_BYTES_MAX, ceil_div
+from cache.model import BLOCK_BYTES, MIB, OBJECT_BYTES_MAX, ObjectInfo, ObjectVersion, ceil_div
 from cache.policy.writeback import Backoff, Quiet, Schedule, Slots, TokenBucket, part_bytes
 from cache.records import Attributes
 
@@ -167,9 +170,13 @@ def test_metadata_that_makes_no_sense_counts_as_absent(metadata: dict[str, str])
     assert mtime_ns == 0 and (attributes is None or attributes.xattrs == {})
 
 
+SOURCE = ObjectVersion("d/file", '"1"', 10)
+
+
 def test_restating_keeps_what_others_wrote() -> None:
     present = {"Owner": "me", "mode": "644", "uid": "1", "gid": "1", "mtime": "5.0", "sluice-id": "a.b"}
-    changed = restated(present, Attributes(0o600, 2, 3, 0), 0)
+    changed = restated(present, Attributes(0o600, 2, 3, 0), 0, SOURCE)
+    assert changed.pop("sluice-restated")
     assert changed == {
         "owner": "me",
         "mode": "600",
@@ -178,3 +185,34 @@ def test_restating_keeps_what_others_wrote() -> None:
         "mtime": "5.0",
         "sluice-id": "a.b",
     }
+
+
+def test_what_restating_made_says_of_which_version_it_is_made() -> None:
+    metadata = restated({"owner": "me"}, Attributes(0o600, 2, 3, 0), 7, SOURCE)
+    made = ObjectInfo(ObjectVersion("d/file", '"2"', 10), 1, metadata)
+    assert is_restated(made, SOURCE)
+    again = restated(metadata, Attributes(0o640, 2, 3, 0), 7, made.version)
+    assert is_restated(replace(made, metadata=again), made.version)
+    assert not is_restated(replace(made, metadata=again), SOURCE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metadata": {}},
+        {"metadata": {"sluice-restated": ""}},
+        {"version": ObjectVersion("d/other", '"2"', 10)},
+        {"version": ObjectVersion("d/file", '"2"', 11)},
+    ],
+)
+def test_what_somebody_else_wrote_is_not_taken_for_restated(change: dict[str, Any]) -> None:
+    metadata = restated({"owner": "me"}, Attributes(0o600, 2, 3, 0), 7, SOURCE)
+    made = ObjectInfo(ObjectVersion("d/file", '"2"', 10), 1, metadata)
+    assert not is_restated(replace(made, **change), SOURCE)
+    for name in metadata:
+        assert not is_restated(replace(made, metadata={**metadata, name: "8.0"}), SOURCE)
+
+
+def test_a_mark_that_has_no_room_is_left_out() -> None:
+    present = {"owner": "x" * (METADATA_BYTES_MAX - 60)}
+    assert "sluice-restated" not in restated(present, Attributes(0o600, 2, 3, 0), 7, SOURCE)

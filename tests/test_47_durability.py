@@ -265,6 +265,9 @@ class FullSender:
     def wake(self) -> None:
         pass
 
+    def renamed(self, parent: int, name: bytes) -> None:
+        pass
+
     async def wait_for(self, inode: int) -> None:
         pass
 

@@ -19,6 +19,11 @@ def listed(mount: LiveMount, path: str = "") -> dict[str, dict[str, Any]]:
     return {str(Path(entry["path"]).relative_to(mount.directory)): entry for entry in entries}
 
 
+def outdated(mount: LiveMount) -> set[str]:
+    entries = listed(mount).items()
+    return {path for path, entry in entries if entry["leaves"] == "a later checkpoint was written since"}
+
+
 def test_ls_says_what_leaves_next_and_why(mounting: Mounting, folder: Folder) -> None:
     for number in range(40):
         folder.put(f"set/{number:02d}", content(10_000, number))
@@ -118,14 +123,40 @@ def test_old_checkpoints_of_a_series_leave_first_and_the_latest_is_read_from_the
             path.write_bytes(content(MIB, 10 * step + rank))
         assert sluice("sync", mount.directory).returncode == 0
     assert mount.read("data") == content(MIB, 7)
-    entries = listed(mount)
-    outdated = {
-        path for path, entry in entries.items() if entry["leaves"] == "a later checkpoint was written since"
-    }
-    assert outdated == {f"step_{step}/rank{rank}.pt" for step in (50, 100) for rank in (0, 1)}
-    ranks = {path: entry.get("victim_rank") for path, entry in entries.items()}
-    assert {path for path, rank in ranks.items() if rank is not None and rank < 4} == outdated
+    expected = {f"step_{step}/rank{rank}.pt" for step in (50, 100) for rank in (0, 1)}
+    assert outdated(mount) == expected
+    ranks = {path: entry.get("victim_rank") for path, entry in listed(mount).items()}
+    assert {path for path, rank in ranks.items() if rank is not None and rank < 4} == expected
     before = mount.status()["lake_io"]["bytes_fetched"]
     for rank in (0, 1):
         assert mount.read(f"step_150/rank{rank}.pt") == content(MIB, 30 + rank)
     assert mount.status()["lake_io"]["bytes_fetched"] == before
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "directory"])
+@pytest.mark.parametrize("uploaded", [False, True], ids=["before", "after"])
+def test_a_checkpoint_is_of_its_series_once_it_has_its_name(
+    mounting: Mounting, folder: Folder, whole: bool, uploaded: bool
+) -> None:
+    """Written under a temporary name, and renamed *before* or *after* the lake had it."""
+    mount = mounting.mount(
+        folder.url, "--no-read-only", "--upload-delay=0", "--dram=0", "--policy=lru", "--read-ahead=none"
+    )
+    name, expected = "shards/rank0.pt" if whole else "rank0.pt", set[str]()
+
+    def is_as_expected() -> bool:
+        return outdated(mount) == expected
+
+    for step in (100, 200, 300):
+        final = mount.directory / f"step_{step}"
+        made = mount.directory / f"tmp_step_{step}" if whole else final
+        path = made / "shards" / "rank0.pt" if whole else made / "rank0.tmp"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content(MIB, step))
+        if uploaded:
+            assert sluice("sync", mount.directory).returncode == 0
+            assert is_as_expected()  # The last one is not, while this one is not whole.
+        os.rename(*((made, final) if whole else (path, final / "rank0.pt")))
+        assert sluice("sync", mount.directory).returncode == 0
+        expected |= {f"step_{step - 100}/{name}"} if step > 100 else set()
+        until(is_as_expected, "the one before is outdated, and this one is not")

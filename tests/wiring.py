@@ -113,6 +113,9 @@ class NoSender:
     def wake(self) -> None:
         pass
 
+    def renamed(self, parent: int, name: bytes) -> None:
+        pass
+
     async def wait_for(self, inode: int) -> None:
         pass
 

@@ -42,22 +42,38 @@ class Checkpoints:
 
     def __init__(self) -> None:
         self._latest: OrderedDict[bytes, _Checkpoint] = OrderedDict()
+        self._series: dict[bytes, bytes] = {}  # Of the versions in _latest.
 
     def stored(self, path: bytes, vid: bytes, written_ns: int) -> bytes | None:
         """Take note of a file; return the version that is outdated now, None if there is none.
 
         It is the file's own if a later one was stored before it. What was written earlier but has the
-        greater number is of a training that began anew, and not outdated.
+        greater number is of a training that began anew, and not outdated. A file that was noted by
+        another name, a temporary one, has only this one now.
         """
         found = series_of(path)
+        series, steps = found if found is not None else (b"", ())
+        if self._series.get(vid, series) != series:
+            self._take(self._series[vid])
         if found is None:
             return None
-        series, steps = found
-        known, new = self._latest.pop(series, None), _Checkpoint(written_ns, steps, vid)
-        self._latest[series] = new if known is None else max(known, new)
-        if len(self._latest) > _SERIES_MAX:
-            self._latest.popitem(last=False)
-        if known is None:
+        known, new = self._take(series), _Checkpoint(written_ns, steps, vid)
+        if known is None or known.vid == vid:
+            self._put(series, new)
             return None
+        self._put(series, max(known, new))
         earlier, later = sorted((known, new))
         return earlier.vid if earlier.steps < later.steps else None
+
+    def _take(self, series: bytes) -> _Checkpoint | None:
+        known = self._latest.pop(series, None)
+        if known is not None:
+            del self._series[known.vid]
+        return known
+
+    def _put(self, series: bytes, checkpoint: _Checkpoint) -> None:
+        self._latest[series] = checkpoint
+        self._series[checkpoint.vid] = series
+        if len(self._latest) > _SERIES_MAX:
+            self._take(next(iter(self._latest)))
+        assert len(self._series) == len(self._latest)
