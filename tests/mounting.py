@@ -244,14 +244,16 @@ grep -o " $1/[^ ]*" /proc/self/mountinfo | tac | while read -r point; do umount 
 
 @contextmanager
 def guardian(home: Path) -> Iterator[None]:
-    """End what is mounted below *home* if this process dies before the block ends."""
+    """End what is mounted below *home* if the block fails, or this process dies before it ends."""
     watching = subprocess.Popen(
         ["sh", "-c", _GUARDIAN, "guardian", str(home)], stdin=subprocess.PIPE, start_new_session=True
     )
+    said = b""
     try:
         yield
+        said = b"ended\n"
     finally:
-        watching.communicate(b"ended\n", timeout=10)
+        watching.communicate(said, timeout=30)
 
 
 class Mounting:
