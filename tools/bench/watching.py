@@ -3,7 +3,7 @@
 Once as a training reads, out of the page cache where that has the files, and once past it, so that each
 read reaches us and is told to the mover. Out of the page cache no daemon of ours is asked anything, so a
 second mount without read-ahead is measured, too: what it differs from the first one is noise. The mounts
-take turns epoch by epoch, for the same reason.
+take turns epoch by epoch, and are made anew each round, in another order, for the same reason.
 """
 
 from __future__ import annotations
@@ -32,61 +32,73 @@ SET, NONE, CONTROL = "set", "none", "none again"
 
 def measure(settings: Settings) -> list[Figure]:
     keys = lakes.keys_in_folders(settings.scaled(FILES, least=100), FOLDER_FILES)
-    with settings.directory(NAME) as path, lakes.seaweed(path / "server") as endpoint, ExitStack() as stack:
+    kept, past = _Rates(NAME), _Rates(f"{NAME}-past-page-cache")
+    with settings.directory(NAME) as path, lakes.seaweed(path / "server") as endpoint:
         progress(f"{NAME}: making {len(keys):,} objects of {FILE_BYTES:,} bytes")
         lakes.fill(endpoint, dict.fromkeys(keys, FILE_BYTES))
-        mounts = {
-            name: stack.enter_context(settings.mounted(endpoint, [f"--read-ahead={name.split()[0]}"]))
-            for name in (SET, NONE, CONTROL)
-        }
-        for mount in mounts.values():
-            _epoch(mount, keys, readers.prepare_files, -1)
-        kept = _figure(settings, mounts, keys, NAME, readers.prepare_files, PASSES)
-        name = f"{NAME}-past-page-cache"
-        return [kept, _figure(settings, mounts, keys, name, prepare_past_page_cache, PAST_PASSES)]
+        for number in range(settings.rounds):
+            with ExitStack() as stack:
+                mounts = {
+                    side: stack.enter_context(settings.mounted(endpoint, [f"--read-ahead={side.split()[0]}"]))
+                    for side in _in_turn(number)
+                }
+                for mount in mounts.values():
+                    _epoch(mount, keys, readers.prepare_files, -1)
+                kept.add(_round(mounts, keys, readers.prepare_files, PASSES))
+                past.add(_round(mounts, keys, prepare_past_page_cache, PAST_PASSES))
+                kept.epochs = past.epochs = mounts[SET].status()["sets"][0]["epoch"]
+    return [
+        _figure(kept, keys, "out of the page cache"),
+        _figure(past, keys, "past the page cache"),
+    ]
 
 
-def _figure(
-    settings: Settings,
-    mounts: dict[str, Mounted],
-    keys: Sequence[str],
-    name: str,
-    prepare: Prepare,
-    passes: int,
-) -> Figure:
-    rates: dict[str, list[float]] = {side: [] for side in mounts}
-    for number in range(settings.rounds):
-        took_s = _round(mounts, keys, prepare, range(number * passes, (number + 1) * passes))
-        for side in mounts:
-            rates[side].append(len(keys) * passes / took_s[side])
-        shown_rates = ", ".join(f"{side} {values[-1]:,.4g}" for side, values in rates.items())
-        progress(f"{name}: round {number + 1} of {settings.rounds}: {shown_rates}")
-    control = statistics.median(a / b for a, b in zip(rates[CONTROL], rates[NONE], strict=True))
-    (shown,) = mounts[SET].status()["sets"]
-    where = "out of the page cache" if prepare is readers.prepare_files else "past the page cache"
+def _in_turn(number: int) -> list[str]:
+    """Return the sides, another one first in each round: who fills its caches first reads slower later."""
+    sides = [SET, NONE, CONTROL]
+    return sides[number % 3 :] + sides[: number % 3]
+
+
+class _Rates:
+    """Files a second of each side, by rounds. *epochs*: which the set has seen in the last one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.epochs = 0
+        self.of: dict[str, list[float]] = {SET: [], NONE: [], CONTROL: []}
+
+    def add(self, rates: dict[str, float]) -> None:
+        for side, rate in rates.items():
+            self.of[side].append(rate)
+        shown = ", ".join(f"{side} {rate:,.4g}" for side, rate in rates.items())
+        progress(f"{self.name}: round {len(self.of[SET])}: {shown}")
+
+
+def _figure(rates: _Rates, keys: Sequence[str], where: str) -> Figure:
+    control = statistics.median(a / b for a, b in zip(rates.of[CONTROL], rates.of[NONE], strict=True))
     return Figure(
-        name=name,
+        name=rates.name,
         what=f"warm shuffled epochs of {len(keys):,} files of {FILE_BYTES:,} bytes,"
         f" {PROCESSES} processes, {where}",
         unit="files/s",
-        ours=rates[SET],
+        ours=rates.of[SET],
         target=Target(at_least=SHARE_MIN),
         baseline_name="the same with --read-ahead none",
-        baseline=rates[NONE],
-        notes={"epochs seen": shown["epoch"], "another mount with none, over the first": f"{control:.2f}"},
+        baseline=rates.of[NONE],
+        notes={"epochs seen": rates.epochs, "another mount with none, over the first": f"{control:.2f}"},
     )
 
 
 def _round(
-    mounts: dict[str, Mounted], keys: Sequence[str], prepare: Prepare, seeds: range
+    mounts: dict[str, Mounted], keys: Sequence[str], prepare: Prepare, passes: int
 ) -> dict[str, float]:
-    """Return the seconds that each mount's epochs took in all; which one comes first changes."""
+    """Return the files a second of each mount, over *passes* epochs; which one comes first changes."""
     took_s = dict.fromkeys(mounts, 0.0)
-    for seed in seeds:
+    for seed in range(passes):
         sides = list(mounts) if seed % 2 == 0 else list(mounts)[::-1]
         for side in sides:
             took_s[side] += _epoch(mounts[side], keys, prepare, seed)
-    return took_s
+    return {side: len(keys) * passes / seconds for side, seconds in took_s.items()}
 
 
 def _epoch(mount: Mounted, keys: Sequence[str], prepare: Prepare, seed: int) -> float:
