@@ -105,11 +105,18 @@ async def test_letting_go_ends_a_reader_that_is_just_being_opened(fifo: Path, he
     """As one is after a mover's death: `sluice umount` found the mount busy."""
     async with trio.open_nursery() as nursery:
         pipes = Pipes(nursery, fifo.parent, heard.take, 100)
-        nursery.start_soon(pipes.looked_up, ORDER)
+        opened = trio.Event()
+
+        async def look_up() -> None:
+            await pipes.looked_up(ORDER)
+            opened.set()
+
+        nursery.start_soon(look_up)
         await trio.testing.wait_all_tasks_blocked()
-        with trio.fail_after(5):
+        with trio.fail_after(4):  # Before it would end by itself.
             await pipes.let_go()
-        assert not has_reader(fifo)
+            await opened.wait()
+            assert not has_reader(fifo)
 
 
 async def test_letting_go_waits_for_a_writer(fifo: Path, heard: Heard) -> None:
