@@ -63,15 +63,15 @@ class Demotion:
         if not self._tiers[place].files.is_memory:
             return await self._leaving.make_room(place, need_bytes)
         stuck: set[bytes] = set()
+        alone: list[ItemId] = []
         while victims := self._leaving.victims(place, need_bytes, stuck):
             if await self.demote(place, victims) > 0:
                 return True
-            # What is being filled can't move, but what of it is not filled right now can leave.
-            alone = [item for item in victims if item[:16] in self._busy]
-            if await self._leaving.evict_groups(place, alone) > 0:
-                return True
+            alone += (item for item in victims if item[:16] in self._busy)
             stuck.update(item[:16] for item in victims)  # Pinned, say, and no disk has room for it.
-        return False
+        # What is being filled can't move, but what of it is not filled right now can leave. That goes back
+        # to the lake's side, so it comes after all that only goes to a disk.
+        return await self._leaving.evict_groups(place, alone) > 0
 
     async def demote(self, place: int, items: list[ItemId]) -> int:
         """Move the versions of *items* from DRAM to NVMe, all that is there of each.

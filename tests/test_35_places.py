@@ -153,3 +153,30 @@ async def test_uses_are_gathered_and_saved_with_the_rows(tmp_path: Path) -> None
         saved = cache.index.version(version.id)
         assert saved is not None and (saved.hits, saved.last_used_s) == (2, 5e9)
         assert cache.residency.usage(version.id, saved).hits == 2
+
+
+async def test_what_can_move_makes_room_before_a_group_that_could_only_leave(tmp_path: Path) -> None:
+    """A group of a file that is being filled can't move: dropped, it would be fetched again."""
+    content = bodies({"big": 9 * MIB} | {f"k{i}": 2 * MIB for i in range(3)})
+    lake = WatchedLake()
+    versions = lake.fill(content)
+    big = versions.pop("big")
+    async with open_cache(tmp_path, lake, tiers=TIERS, policy="lru") as cache:
+        await cache.fetcher.fetch(big, MIB, 1)
+        await cache.idle()
+        await fill(cache, versions)
+        first_group = ItemId(group_key(big.id, 0))
+        assert cache.residency.leaving.victims(0, 1) == [first_group]
+        may_land = lake.hold("get")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cache.fetcher.fetch, big, 8 * MIB, 1)
+            await lake.met("get", 5)
+            for _ in versions:
+                assert await cache.residency.demotion.make_room(0, 1)
+                assert cache.residency.tiers[0].policy.size_of(first_group)
+            assert await cache.residency.demotion.make_room(0, 1)
+            assert cache.residency.tiers[0].policy.size_of(first_group) is None
+            may_land.set()
+        await cache.idle()
+        await check(cache, content)
+        assert all(cache.residency.place_of(version.id) in (1, 2) for version in versions.values())
