@@ -8,13 +8,13 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import trio
 
 from cache.errors import CacheError, SluiceError
-from cache.lake.base import Part
+from cache.lake.base import Part, crc32_text
 from cache.lake_io import LakeIO
 from cache.metadata import SentId, checksum_text
 from cache.model import BLOCK_BYTES, MIB, ObjectInfo, ceil_div
@@ -224,7 +224,7 @@ class Sender:
             on_sent(length)
 
     async def _verified(self, content: Content, upload: Upload) -> dict[int, Part]:
-        """Return the parts that the lake has of exactly these bytes, as far as their ETags can tell."""
+        """Return the parts that the lake has of exactly these bytes, as far as it tells: by MD5 or CRC32."""
         good: dict[int, Part] = {}
         for part in await self._lake.list_parts(content.key, upload.id):
             offset = (part.number - 1) * upload.part_bytes
@@ -232,9 +232,9 @@ class Sender:
             if length <= 0 or part.size_bytes != length:
                 continue
             async with self._memory.held(length):
-                etag = await self._lake.run(lambda: _md5_etag(content.read(offset, length)))  # noqa: B023
-            if part.etag == etag:
-                good[part.number] = part
+                verify = partial(_verified_part, content, part, offset)
+                if (verified := await self._lake.run(verify)) is not None:
+                    good[part.number] = verified
         return good
 
     async def _wait_for_bandwidth(self, size_bytes: int) -> None:
@@ -301,6 +301,14 @@ def _read_summed(content: Content, summed: Summed, offset: int, length: int) -> 
         content.check()
         raise CacheError(f"{content.key}: the staging file's bytes changed on the disk")
     return body
+
+
+def _verified_part(content: Content, part: Part, offset: int) -> Part | None:
+    body = content.read(offset, part.size_bytes)
+    crc32 = crc32_text(body)
+    if part.crc32 != crc32 and part.etag != _md5_etag(body):
+        return None
+    return replace(part, crc32=crc32)
 
 
 def _md5_etag(body: bytes) -> str:

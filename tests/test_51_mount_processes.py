@@ -146,7 +146,7 @@ def test_after_the_death_of_all_processes_the_next_mount_uses_the_cache(
     for name in wanted:
         mount.read(name)
     mount.kill_all()
-    with pytest.raises(OSError, match="not connected|connection abort"):
+    with pytest.raises(OSError, match=r"not connected|connection abort"):
         os.statvfs(mount.directory)
     mount.unmount()
     mount.mount()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
-FaultKind = Literal["slow_down", "error", "reset", "truncate", "hang"]
+FaultKind = Literal["slow_down", "error", "reset", "truncate", "hang", "garble"]
 
 _CHUNK_BYTES = 256 << 10
 _HEAD_BYTES_MAX = 64 << 10
@@ -43,6 +43,7 @@ class Faults:
     truncate_share: float = 0.0  # Half of the body, then the connection ends.
     hang_share: float = 0.0  # No answer for hang_s, then the connection ends.
     hang_s: float = 60.0
+    garble_share: float = 0.0  # One byte of the request's body is another one on its way to the server.
     methods: frozenset[str] | None = None  # None: faults strike every method.
 
     def pick(self, roll: float) -> FaultKind | None:
@@ -53,6 +54,7 @@ class Faults:
             ("reset", self.reset_share),
             ("truncate", self.truncate_share),
             ("hang", self.hang_share),
+            ("garble", self.garble_share),
         )
         for kind, share in shares:
             if roll < share:
@@ -206,7 +208,7 @@ class SlowProxy:
             return False
         if fault in _REPLIES:
             return connection.refuse(head, *_REPLIES[fault])
-        return connection.exchange(head, self._hold_up, truncate=fault == "truncate")
+        return connection.exchange(head, self._hold_up, fault)
 
     def _hold_up(self, piece: bytes) -> None:
         self._line.wait_turn(len(piece), self.faults.bytes_per_s)
@@ -345,18 +347,20 @@ class _Connection:
         raw = self._requests().read_until(b"\r\n\r\n", _HEAD_BYTES_MAX)
         return None if raw is None else _Head(raw)
 
-    def exchange(self, head: _Head, hold_up: Callable[[bytes], None], *, truncate: bool) -> bool:
+    def exchange(self, head: _Head, hold_up: Callable[[bytes], None], fault: FaultKind | None) -> bool:
         """Pass the request on and the reply back. Return whether the connection goes on.
 
         *hold_up* is called with each piece of the reply's body before it is passed on.
         """
         upstream = self._connect()
         upstream.socket.sendall(head.raw)
+        garble = fault == "garble" and not head.is_chunked
         for piece in self._request_body(head):
-            upstream.socket.sendall(piece)
+            upstream.socket.sendall(bytes([piece[0] ^ 1]) + piece[1:] if garble else piece)
+            garble = False
         reply = self._reply_head(upstream)
         bodiless = head.method == "HEAD" or reply.status in (204, 304)
-        if truncate and not bodiless and (reply.content_length or 0) > 1:
+        if fault == "truncate" and not bodiless and (reply.content_length or 0) > 1:
             self._pass_half(upstream, reply)
             return False
         self.client.sendall(reply.raw)

@@ -8,8 +8,10 @@ only `cache.errors.LakeError` and its subclasses.
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from cache.errors import LakeError
@@ -29,11 +31,20 @@ class ListPage:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One uploaded part of a multipart upload; *number* counts from 1."""
+    """One uploaded part of a multipart upload; *number* counts from 1.
+
+    *crc32*: of its bytes, see `crc32_text`; a listing of the parts may leave it out.
+    """
 
     number: int
     etag: str
     size_bytes: int
+    crc32: str = field(default="", compare=False)
+
+
+def crc32_text(content: Body) -> str:
+    """Return the CRC32 as S3 writes it: base64 of the four bytes, the highest first."""
+    return base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()
 
 
 class Lake(Protocol):
@@ -94,7 +105,10 @@ class Lake(Protocol):
     def put_part(self, key: str, upload_id: str, number: int, body: Body) -> Part: ...
 
     def list_parts(self, key: str, upload_id: str) -> list[Part]:
-        """Return the parts stored so far, by number. Raises ObjectMissing for an unknown upload."""
+        """Return the parts stored so far, by number. Raises ObjectMissing for an unknown upload.
+
+        Fill in what is missing of their checksums before they are handed to `complete_multipart`.
+        """
 
     def complete_multipart(
         self,

@@ -6,9 +6,7 @@ fifth of the processor time.
 
 from __future__ import annotations
 
-import base64
 import calendar
-import hashlib
 import itertools
 import threading
 import time
@@ -40,7 +38,9 @@ from cache.lake.s3_errors import (
     from_obstore,
     from_reply,
     no_s3,
+    obstore_code,
 )
+from cache.lake.s3_parts import CHECKSUM_REFUSALS, PartUploads, content_md5
 from cache.lake.s3_ranges import RangeReader, can_name, quoted, verify
 from cache.model import GIB, MIB, ObjectInfo, ObjectVersion
 
@@ -86,6 +86,7 @@ class S3Lake:
         self._config = config
         self._use_obstore = use_obstore
         self._place = Place(self.url, config.endpoint_url, config.aws_profile)
+        self._uploads = PartUploads(bucket, self._prefix)
         self._ranges = RangeReader(bucket, self._prefix, self._place, self._translated)
         self._opening = threading.Lock()
         self._connection: Connection | None = None
@@ -155,24 +156,28 @@ class S3Lake:
     ) -> ObjectInfo:
         content = bytes(body)  # boto3 takes no memoryview.
         stored = self._put_quickly(key, content, metadata or {}, if_match, if_none_match)
-        if stored is not None:
+        if isinstance(stored, ObjectInfo):
             return stored
         with self._translated(key, if_match=if_match, if_none_match=if_none_match):
             reply = self._connected().client.put_object(
                 Bucket=self._bucket,
                 Key=self._prefix + key,
                 Body=content,
-                ContentMD5=_content_md5(content),
+                ContentMD5=content_md5(content),
                 Metadata=dict(metadata or {}),
                 **_conditions(if_match, if_none_match),
             )
+            if stored in CHECKSUM_REFUSALS:  # The same without obstore's checksum was welcome.
+                self._connected().drop_checksums()
             version = ObjectVersion(key, quoted(reply["ETag"]), len(content))
             return ObjectInfo(version, _reply_time_ns(reply), dict(metadata or {}))
 
     def _put_quickly(
         self, key: str, content: bytes, metadata: Mapping[str, str], if_match: str | None, if_none_match: bool
-    ) -> ObjectInfo | None:
-        """Store through obstore, at a fifth of boto3's processor time; None where boto3 is to do it.
+    ) -> ObjectInfo | str:
+        """Store through obstore, at a fifth of boto3's processor time.
+
+        Where boto3 is to do it, return the code that the lake refused it with, "" if there was none.
 
         Raises what is certain. Of all else boto3 tells more, and storing the same twice does no harm:
         a condition that the first request has made false is for the caller to see through, as after
@@ -180,7 +185,7 @@ class S3Lake:
         """
         byte_store = self._connected().byte_store() if can_name(self._prefix + key) else None
         if byte_store is None or not byte_store.signs:
-            return None
+            return ""
         mode: Any = "create" if if_none_match else "overwrite" if if_match is None else {"e_tag": if_match}
         try:
             reply = byte_store.put(
@@ -192,12 +197,13 @@ class S3Lake:
                 use_multipart=False,
             )
         except Exception as error:  # Its classes are few and change between releases.
+            code = obstore_code(error)
             known = self._refused_put(error, key, if_match, if_none_match)
-            if known is not None:
+            if known is not None and code not in CHECKSUM_REFUSALS:
                 raise known from error
-            return None
+            return code
         if not reply.get("e_tag"):
-            return None
+            return ""
         version = ObjectVersion(key, quoted(reply["e_tag"]), len(content))
         return ObjectInfo(version, time.time_ns() // 10**9 * 10**9, dict(metadata))
 
@@ -217,32 +223,15 @@ class S3Lake:
 
     def start_multipart(self, key: str, *, metadata: Mapping[str, str] | None = None) -> str:
         with self._translated(key):
-            reply = self._connected().client.create_multipart_upload(
-                Bucket=self._bucket, Key=self._prefix + key, Metadata=dict(metadata or {})
-            )
-            upload_id: str = reply["UploadId"]
-            return upload_id
+            return self._uploads.start(self._connected(), key, metadata or {})
 
     def put_part(self, key: str, upload_id: str, number: int, body: Body) -> Part:
-        content = bytes(body)
         with self._translated(key):
-            reply = self._connected().client.upload_part(
-                **self._upload(key, upload_id),
-                PartNumber=number,
-                Body=content,
-                ContentMD5=_content_md5(content),
-            )
-            return Part(number, quoted(reply["ETag"]), len(content))
+            return self._uploads.put(self._connected(), key, upload_id, number, body)
 
     def list_parts(self, key: str, upload_id: str) -> list[Part]:
-        parts: list[Part] = []
         with self._translated(key):
-            pages = self._connected().client.get_paginator("list_parts")
-            for page in pages.paginate(**self._upload(key, upload_id)):
-                parts += [
-                    Part(row["PartNumber"], quoted(row["ETag"]), row["Size"]) for row in page.get("Parts", ())
-                ]
-        return sorted(parts, key=lambda part: part.number)
+            return self._uploads.stored(self._connected(), key, upload_id)
 
     def complete_multipart(
         self,
@@ -254,20 +243,16 @@ class S3Lake:
         if_none_match: bool = False,
     ) -> ObjectInfo:
         parts = sorted(parts, key=lambda part: part.number)
-        rows = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
+        conditions = _conditions(if_match, if_none_match)
         with self._translated(key, if_match=if_match, if_none_match=if_none_match):
-            reply = self._connected().client.complete_multipart_upload(
-                **self._upload(key, upload_id),
-                MultipartUpload={"Parts": rows},
-                **_conditions(if_match, if_none_match),
-            )
+            reply = self._uploads.complete(self._connected(), key, upload_id, parts, **conditions)
             size_bytes = sum(part.size_bytes for part in parts)
             return ObjectInfo(ObjectVersion(key, quoted(reply["ETag"]), size_bytes), _reply_time_ns(reply))
 
     def abort_multipart(self, key: str, upload_id: str) -> None:
         try:
             with self._translated(key):
-                self._connected().client.abort_multipart_upload(**self._upload(key, upload_id))
+                self._uploads.abort(self._connected(), key, upload_id)
         except ObjectMissing:
             pass  # Unknown, or completed: there is nothing left to forget.
 
@@ -325,9 +310,6 @@ class S3Lake:
         version = ObjectVersion(self._relative(row["Key"], encoded), quoted(row["ETag"]), row["Size"])
         return ObjectInfo(version, _nanoseconds(row["LastModified"]))
 
-    def _upload(self, key: str, upload_id: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + key, "UploadId": upload_id}
-
     def _source(self, source: ObjectVersion) -> dict[str, Any]:
         return {
             "CopySource": {"Bucket": self._bucket, "Key": self._prefix + source.key},
@@ -348,7 +330,9 @@ class S3Lake:
         info = self.head(source.key)
         if info.version != source:
             raise ObjectChanged(f"{self._place.object(source.key)}: has changed in the lake")
-        upload_id = self.start_multipart(key, metadata=info.metadata if metadata is None else metadata)
+        described = info.metadata if metadata is None else metadata
+        with self._translated(key):
+            upload_id = self._uploads.start_plain(self._connected(), key, described)
         try:
             parts = [
                 self._copy_part(source, key, upload_id, number, offset)
@@ -363,7 +347,7 @@ class S3Lake:
         length = min(self.copy_part_bytes, source.size_bytes - offset)
         with self._translated(source.key):
             reply = self._connected().client.upload_part_copy(
-                **self._upload(key, upload_id),
+                **self._uploads.named(key, upload_id),
                 **self._source(source),
                 PartNumber=number,
                 CopySourceRange=f"bytes={offset}-{offset + length - 1}",
@@ -423,11 +407,6 @@ def _conditions(if_match: str | None, if_none_match: bool) -> dict[str, str]:
     if if_none_match:
         return {"IfNoneMatch": "*"}
     return {} if if_match is None else {"IfMatch": if_match}
-
-
-def _content_md5(content: bytes) -> str:
-    """Return the checksum header that every S3 server checks, old or new."""
-    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
 
 
 def _nanoseconds(time: datetime) -> int:

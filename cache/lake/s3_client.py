@@ -47,7 +47,8 @@ _obstore_pid: int | None = None
 class ByteStore:
     """*get*, *put*: `obstore.get`, `obstore.put`. *store*: its S3Store for the bucket.
 
-    *signs*: each body's SHA-256 is part of the signature, so the server checks what arrives.
+    *signs*: each body's SHA-256 goes with it, in the signature and, unless the server knows no such
+    checksum, in a header of its own, which more servers compare than the signature's.
     """
 
     get: Any
@@ -70,6 +71,8 @@ class Connection:
         self._owner_pid = os.getpid()
         self._making = threading.Lock()
         self._byte_store: ByteStore | None = None
+        self._unsigned_client: Any = None
+        self._sends_checksums = True
         self._made = not use_obstore or _is_special_bucket(bucket)
         self._ca_certificates = _read_ca_bundle(config)
         with self._translated():
@@ -83,6 +86,17 @@ class Connection:
     def is_ours(self) -> bool:
         """Whether this process made it: after a fork, the child makes its own."""
         return self._owner_pid == os.getpid()
+
+    def unsigned_client(self) -> Any:
+        """Return the client for requests that bring a checksum: their bodies are no part of the signature.
+
+        Made at the first call. One that is told in ~/.aws/config to sign bodies does so all the same.
+        """
+        if self._unsigned_client is None:
+            with self._making, self._translated():
+                if self._unsigned_client is None:
+                    self._unsigned_client = _unsigned(self._session, self.client, self._config)
+        return self._unsigned_client
 
     def byte_store(self) -> ByteStore | None:
         """Return obstore's store, made at the first call, or None where boto3 has to do."""
@@ -100,8 +114,16 @@ class Connection:
         if dropped is not None:
             _log.warning("obstore is not used: %s; reading through boto3, slower", reason)
 
+    def drop_checksums(self) -> None:
+        """Have obstore send no checksum headers any more: the server knows none."""
+        with self._making:
+            if self._sends_checksums and self._byte_store is not None:
+                self._sends_checksums, self._made = False, False
+
     def close(self) -> None:
         self.client.close()
+        if self._unsigned_client is not None:
+            self._unsigned_client.close()
 
     def _make_byte_store(self) -> ByteStore | None:
         global _obstore_pid
@@ -119,7 +141,8 @@ class Connection:
         try:
             store = stores.S3Store(
                 self._bucket,
-                config=_obstore_address(self.client, self._config, self._bucket),
+                config=_obstore_address(self.client, self._config, self._bucket)
+                | ({"checksum_algorithm": "sha256"} if self._sends_checksums else {}),
                 client_options=_obstore_options(self.client, self._config, self._ca_certificates),
                 retry_config={"max_retries": 0, "retry_timeout": _WHOLE_REQUEST_TIMEOUT},
                 **credentials,
@@ -157,7 +180,14 @@ def _parse_timestamp(value: Any) -> datetime:
     return parsed
 
 
-def _client(session: Any, config: LakeConfig) -> Any:
+def _unsigned(session: Any, client: Any, config: LakeConfig) -> Any:
+    s3_options: Any = client.meta.config.s3 or {}
+    if s3_options.get("payload_signing_enabled") is not None:
+        return client
+    return _client(session, config, Config(s3=s3_options | {"payload_signing_enabled": False}))
+
+
+def _client(session: Any, config: LakeConfig, besides: Config | None = None) -> Any:
     options: dict[str, Any] = {
         "connect_timeout": config.connect_timeout_s,
         "read_timeout": config.read_timeout_s,
@@ -176,7 +206,7 @@ def _client(session: Any, config: LakeConfig) -> Any:
         endpoint_url=config.endpoint_url,
         region_name=config.region or session.region_name or _REGION_FALLBACK,
         verify=str(config.ca_bundle) if config.ca_bundle else None,
-        config=Config(**options),
+        config=Config(**options).merge(besides) if besides is not None else Config(**options),
     )
 
 

@@ -41,6 +41,9 @@ _RETRYABLE = {
     "ConditionalRequestConflict",
     "OperationAborted",
     "XMinioServerNotInitialized",
+    "BadDigest",  # The body is not what was sent: sent again, it may be.
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
 }
 _CREDENTIALS_MEND = "check the key, secret and --aws-profile that are in use"
 _REGION_MEND = "give the bucket's own region with --region"
@@ -176,6 +179,12 @@ def _from_network(error: Exception, place: Place, key: str | None) -> LakeError:
     if isinstance(error, boto.EndpointConnectionError):
         return unreachable(place, _reason(text))
     return _broken(place, key, _reason(text))
+
+
+def obstore_code(error: Exception) -> str:
+    """Return the code of the S3 error reply in what obstore raised; "" where there is none."""
+    code = _CODE.search(str(error))
+    return code[1] if code else ""
 
 
 def from_obstore(error: Exception, place: Place, key: str) -> LakeError | None:
