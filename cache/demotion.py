@@ -16,7 +16,7 @@ from cache.index import Index
 from cache.leaving import Leaving, items_of
 from cache.model import VersionId
 from cache.places import Tier, remove
-from cache.placing import DRAM_KEPT_SHARE, Placing
+from cache.placing import DRAM_KEPT_SHARE, DRAM_SHARE_MAX, Placing
 from cache.policy.eviction import ItemId
 from cache.records import VersionRow
 from cache.room import Room
@@ -63,15 +63,24 @@ class Demotion:
         if not self._tiers[place].files.is_memory:
             return await self._leaving.make_room(place, need_bytes)
         stuck: set[bytes] = set()
-        alone: list[ItemId] = []
         while victims := self._leaving.victims(place, need_bytes, stuck):
             if await self.demote(place, victims) > 0:
                 return True
-            alone += (item for item in victims if item[:16] in self._busy)
+            if not self._has_free_disk(place) and await self._evict_filling(place, victims) > 0:
+                return True
             stuck.update(item[:16] for item in victims)  # Pinned, say, and no disk has room for it.
-        # What is being filled can't move, but what of it is not filled right now can leave. That goes back
-        # to the lake's side, so it comes after all that only goes to a disk.
-        return await self._leaving.evict_groups(place, alone) > 0
+        # While others can move and nothing is lost by it, what could only leave stays.
+        stuck = {vid for vid in stuck if vid not in self._busy}
+        return await self._evict_filling(place, self._leaving.victims(place, need_bytes, stuck)) > 0
+
+    def _has_free_disk(self, place: int) -> bool:
+        """Return whether whatever is in memory could move without pushing anything out."""
+        largest_bytes = self._tiers[place].budget.size_bytes // DRAM_SHARE_MAX
+        return any(tier.room_bytes >= largest_bytes for tier in self._tiers if not tier.files.is_memory)
+
+    async def _evict_filling(self, place: int, items: list[ItemId]) -> int:
+        """Drop those of *items* whose versions are being filled: these can't move, their groups can leave."""
+        return await self._leaving.evict_groups(place, [item for item in items if item[:16] in self._busy])
 
     async def demote(self, place: int, items: list[ItemId]) -> int:
         """Move the versions of *items* from DRAM to NVMe, all that is there of each.

@@ -25,6 +25,10 @@ class TruncatedBody(LakeUnavailable):
     """Fewer bytes arrived than were promised. Retried; never passed on as a short file."""
 
 
+class BodyBroken(LakeUnavailable):
+    """What arrived at the lake is not what was sent. Sent again; what goes on breaking is refused."""
+
+
 class ObjectMissing(LakeError):
     """There is no such key (404). Never retried."""
 

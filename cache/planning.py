@@ -12,7 +12,7 @@ from functools import partial
 import msgspec
 
 from cache.committer import Committer
-from cache.errors import LakeUnavailable, MountReadOnly, SluiceError
+from cache.errors import BodyBroken, LakeUnavailable, MountReadOnly, SluiceError
 from cache.index import IndexWriter
 from cache.opens import Mode, OpenTable
 from cache.pending import (
@@ -218,8 +218,8 @@ class Plans:
         progress = self.progress.get(seq)
         if row is None or progress is None:
             return
-        again = isinstance(error, LakeUnavailable | MountReadOnly)
-        kind: Exception = LakeUnavailable(str(error)) if again else error
+        again = isinstance(error, LakeUnavailable | MountReadOnly) and not isinstance(error, BodyBroken)
+        kind = LakeUnavailable(str(error)) if again else SluiceError(str(error))
         progress.attempts += 1
         delay_s = self._config.backoff.delay_s(kind, progress.attempts, self._random.random())
         progress.retry_at_s = time.time() + delay_s

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 
 import trio
 
@@ -18,7 +17,7 @@ from cache.errors import CacheError, SluiceError
 from cache.lake.base import Part, crc32_text
 from cache.lake_io import LakeIO
 from cache.metadata import SentId, checksum_text
-from cache.model import BLOCK_BYTES, MIB, ObjectInfo, ceil_div
+from cache.model import BLOCK_BYTES, MIB, ObjectInfo, block_count, ceil_div
 from cache.pending import ANY_ETAG
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, Slots, TokenBucket
 from cache.records import block_checksums
@@ -161,18 +160,18 @@ class Sender:
         """Read all of it once. Raises Stale, CacheError."""
         if content.size_bytes <= SINGLE_PUT_BYTES_MAX:
             return await self._lake.run(lambda: _sum_small(content))
-        starts = range(0, content.size_bytes, _READ_BYTES)
-        found: list[list[int]] = [[] for _ in starts]
-        steps = iter(enumerate(starts))
+        checksums = array("Q", bytes(8 * block_count(content.size_bytes)))
+        starts = iter(range(0, content.size_bytes, _READ_BYTES))
 
         async def sum_some() -> None:
-            for step, start in steps:
+            for start in starts:
                 stop = min(start + _READ_BYTES, content.size_bytes)
-                found[step] = await self._lake.run(partial(_sum_range, content, start, stop))
+                found = await self._lake.run(partial(_sum_range, content, start, stop))
+                first = start // BLOCK_BYTES
+                checksums[first : first + len(found)] = found
                 content.check()
 
         await run_all([sum_some] * _SUMS_AT_ONCE)
-        checksums = array("Q", chain.from_iterable(found))
         return Summed(checksums, None)
 
     async def put(
@@ -313,13 +312,13 @@ def _sum_small(content: Content) -> Summed:
     return Summed(array("Q", block_checksums(body)), body)
 
 
-def _sum_range(content: Content, start: int, stop: int) -> list[int]:
-    checksums: list[int] = []
+def _sum_range(content: Content, start: int, stop: int) -> array[int]:
+    checksums: array[int] = array("Q")
     buffer = memoryview(bytearray(min(_SUM_BYTES, stop - start)))  # It stays in the processor's cache.
     for offset in range(start, stop, _SUM_BYTES):
         piece = buffer[: min(_SUM_BYTES, stop - offset)]
         content.read_into(piece, offset)
-        checksums += block_checksums(piece)
+        checksums.extend(block_checksums(piece))
     return checksums
 
 

@@ -180,3 +180,33 @@ async def test_what_can_move_makes_room_before_a_group_that_could_only_leave(tmp
         await cache.idle()
         await check(cache, content)
         assert all(cache.residency.place_of(version.id) in (1, 2) for version in versions.values())
+
+
+async def test_a_group_of_a_file_that_is_being_filled_leaves_at_its_turn_where_no_disk_has_room(
+    tmp_path: Path,
+) -> None:
+    """Else one long read would push all of memory, and as much of the disk, to nowhere."""
+    content = bodies({"big": 9 * MIB} | {f"{where}{i}": 2 * MIB for where in "dk" for i in range(3)})
+    lake = WatchedLake()
+    versions = lake.fill(content)
+    big, on_disk = versions.pop("big"), [versions.pop(f"d{i}") for i in range(3)]
+    tiers = (TierSpec("dram", 20 * MIB, is_memory=True), TierSpec("nvme0", 7 * MIB))
+    async with open_cache(tmp_path, lake, tiers=tiers, policy="lru") as cache:
+        for version in on_disk:
+            await cache.fetch(version)
+        async for _ in cache.residency.demotion.drain_dram():
+            pass
+        await cache.fetcher.fetch(big, MIB, 1)
+        await cache.idle()
+        await fill(cache, versions)
+        may_land = lake.hold("get")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cache.fetcher.fetch, big, 8 * MIB, 1)
+            await lake.met("get", 8)
+            assert await cache.residency.demotion.make_room(0, 1)
+            assert cache.residency.tiers[0].policy.size_of(ItemId(group_key(big.id, 0))) is None
+            may_land.set()
+        await cache.idle()
+        await check(cache, content)
+        assert {cache.residency.place_of(version.id) for version in on_disk} == {1}
+        assert {cache.residency.place_of(version.id) for version in versions.values()} == {0}

@@ -13,7 +13,7 @@ import trio
 
 from cache import messages
 from cache.config import LakeConfig
-from cache.errors import AccessDenied, LakeError, LakeUnavailable, NameMissing, SlowDown
+from cache.errors import AccessDenied, BodyBroken, LakeError, LakeUnavailable, NameMissing, SlowDown
 from cache.index import IndexWriter
 from cache.lake.directory import DirectoryLake
 from cache.model import MIB
@@ -471,6 +471,22 @@ async def test_a_file_unlinked_during_its_upload_leaves_none_behind(tmp_path: Pa
         await mount.drain()
         await mount.until(lambda: not lake._uploads)
         assert keys(lake) == [] and mount.uploader.queue() == []
+
+
+async def test_bytes_that_break_on_their_way_again_and_again_are_refused_and_kept(tmp_path: Path) -> None:
+    """Who waits for them hears of it: neither lake nor program will mend it."""
+    lake = WatchedLake()
+    lake.fault = Faults(put=10**6)
+    lake.fault.error = BodyBroken
+    async with mounted(tmp_path, lake, retry=writeback_retry()) as mount:
+        await mount.put("file", SMALL)
+        await mount.drain()
+        (shown,) = mount.uploader.queue()
+        assert shown["state"] == FAILED
+        lake.fault = None
+        await mount.uploader.retry()
+        await mount.drain()
+        assert content(lake, "file") == SMALL
 
 
 async def test_a_symlink_is_an_object_that_holds_its_target(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from enum import Enum
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -38,9 +39,9 @@ from cache.lake.s3_errors import (
     from_obstore,
     from_reply,
     no_s3,
-    obstore_code,
+    obstore_refused_header,
 )
-from cache.lake.s3_parts import CHECKSUM_REFUSALS, PartUploads, content_md5
+from cache.lake.s3_parts import PartUploads, content_md5
 from cache.lake.s3_ranges import RangeReader, can_name, quoted, verify
 from cache.model import GIB, MIB, ObjectInfo, ObjectVersion
 
@@ -61,6 +62,13 @@ _NO_DELETE_MANY = {
     "InvalidRequest",
     "MalformedXML",
 }
+
+
+class _Quick(Enum):
+    """What came of a PUT through obstore that boto3 is to do."""
+
+    UNABLE = 1
+    REFUSED = 2  # Perhaps for its checksum.
 
 
 class S3Lake:
@@ -167,25 +175,24 @@ class S3Lake:
                 Metadata=dict(metadata or {}),
                 **_conditions(if_match, if_none_match),
             )
-            if stored in CHECKSUM_REFUSALS:  # The same without obstore's checksum was welcome.
+            if stored is _Quick.REFUSED:  # The same without obstore's checksum was welcome.
                 self._connected().drop_checksums()
             version = ObjectVersion(key, quoted(reply["ETag"]), len(content))
             return ObjectInfo(version, _reply_time_ns(reply), dict(metadata or {}))
 
     def _put_quickly(
         self, key: str, content: bytes, metadata: Mapping[str, str], if_match: str | None, if_none_match: bool
-    ) -> ObjectInfo | str:
+    ) -> ObjectInfo | _Quick:
         """Store through obstore, at a fifth of boto3's processor time.
-
-        Where boto3 is to do it, return the code that the lake refused it with, "" if there was none.
 
         Raises what is certain. Of all else boto3 tells more, and storing the same twice does no harm:
         a condition that the first request has made false is for the caller to see through, as after
         any lost answer.
         """
-        byte_store = self._connected().byte_store() if can_name(self._prefix + key) else None
+        connection = self._connected()
+        byte_store = connection.byte_store() if can_name(self._prefix + key) else None
         if byte_store is None or not byte_store.signs:
-            return ""
+            return _Quick.UNABLE
         mode: Any = "create" if if_none_match else "overwrite" if if_match is None else {"e_tag": if_match}
         try:
             reply = byte_store.put(
@@ -197,13 +204,16 @@ class S3Lake:
                 use_multipart=False,
             )
         except Exception as error:  # Its classes are few and change between releases.
-            code = obstore_code(error)
+            if connection.checksums_fit is None and obstore_refused_header(error):
+                return _Quick.REFUSED
             known = self._refused_put(error, key, if_match, if_none_match)
-            if known is not None and code not in CHECKSUM_REFUSALS:
+            if known is not None:
                 raise known from error
-            return code
+            return _Quick.UNABLE
         if not reply.get("e_tag"):
-            return ""
+            return _Quick.UNABLE
+        if connection.checksums_fit is None:
+            connection.checksums_fit = True
         version = ObjectVersion(key, quoted(reply["e_tag"]), len(content))
         return ObjectInfo(version, time.time_ns() // 10**9 * 10**9, dict(metadata))
 

@@ -72,7 +72,8 @@ class Connection:
         self._making = threading.Lock()
         self._byte_store: ByteStore | None = None
         self._unsigned_client: Any = None
-        self._sends_checksums = True
+        # Whether obstore's checksums are welcome: once False, it sends none. None: nobody knows yet.
+        self.checksums_fit: bool | None = None
         self._made = not use_obstore or _is_special_bucket(bucket)
         self._ca_certificates = _read_ca_bundle(config)
         with self._translated():
@@ -117,8 +118,9 @@ class Connection:
     def drop_checksums(self) -> None:
         """Have obstore send no checksum headers any more: the server knows none."""
         with self._making:
-            if self._sends_checksums and self._byte_store is not None:
-                self._sends_checksums, self._made = False, False
+            if self.checksums_fit is None and self._byte_store is not None:
+                self.checksums_fit, self._made = False, False
+                _log.info("the lake knows no SHA-256 of objects in a header: it goes with the signature only")
 
     def close(self) -> None:
         self.client.close()
@@ -142,7 +144,7 @@ class Connection:
             store = stores.S3Store(
                 self._bucket,
                 config=_obstore_address(self.client, self._config, self._bucket)
-                | ({"checksum_algorithm": "sha256"} if self._sends_checksums else {}),
+                | ({"checksum_algorithm": "sha256"} if self.checksums_fit is not False else {}),
                 client_options=_obstore_options(self.client, self._config, self._ca_certificates),
                 retry_config={"max_retries": 0, "retry_timeout": _WHOLE_REQUEST_TIMEOUT},
                 **credentials,

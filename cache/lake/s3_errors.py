@@ -14,6 +14,7 @@ from botocore.parsers import ResponseParserError
 from cache.config import LakeConfig
 from cache.errors import (
     AccessDenied,
+    BodyBroken,
     LakeError,
     LakeMisconfigured,
     LakeUnavailable,
@@ -41,10 +42,8 @@ _RETRYABLE = {
     "ConditionalRequestConflict",
     "OperationAborted",
     "XMinioServerNotInitialized",
-    "BadDigest",  # The body is not what was sent: sent again, it may be.
-    "XAmzContentSHA256Mismatch",
-    "XAmzContentChecksumMismatch",
 }
+_BROKEN = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 _CREDENTIALS_MEND = "check the key, secret and --aws-profile that are in use"
 _REGION_MEND = "give the bucket's own region with --region"
 _MISCONFIGURED = {
@@ -102,6 +101,14 @@ def printable(text: str) -> str:
     return escaped if escaped.isprintable() else escaped.encode("unicode_escape").decode()
 
 
+def refused_header(status: int, code: str) -> bool:
+    """Return whether this may be a server's answer to a header that it does not know.
+
+    Among other things: some servers take it for a wrong signature.
+    """
+    return status in (400, 403, 501) and code not in _BROKEN
+
+
 def from_reply(status: int, code: str, message: str, place: Place, key: str | None) -> LakeError:
     """Return the error for an S3 error reply. 404 without a key is a wrong bucket or server."""
     where = place.object(key)
@@ -111,6 +118,8 @@ def from_reply(status: int, code: str, message: str, place: Place, key: str | No
         return LakeMisconfigured(f"{place.url}: {_MISCONFIGURED[code]} ({_server_words(place)}{code})")
     if code in _SLOW_DOWN or status == 429:
         return SlowDown(f"{detail}: the lake asks for fewer requests")
+    if code in _BROKEN:
+        return BodyBroken(f"{detail}: it arrived changed")
     if code in _RETRYABLE or status >= 500:
         return LakeUnavailable(f"{detail} (status {status})")
     if code in _MISSING or status == 404:
@@ -181,10 +190,11 @@ def _from_network(error: Exception, place: Place, key: str | None) -> LakeError:
     return _broken(place, key, _reason(text))
 
 
-def obstore_code(error: Exception) -> str:
-    """Return the code of the S3 error reply in what obstore raised; "" where there is none."""
-    code = _CODE.search(str(error))
-    return code[1] if code else ""
+def obstore_refused_header(error: Exception) -> bool:
+    """Return whether what obstore raised may be a server's answer to a header that it does not know."""
+    text = str(error)
+    status, code = _OBSTORE_STATUS.search(text), _CODE.search(text)
+    return status is not None and refused_header(int(status[1]), code[1] if code else "")
 
 
 def from_obstore(error: Exception, place: Place, key: str) -> LakeError | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,13 @@ from botocore.exceptions import ClientError
 
 from cache.lake.base import Body, Part, crc32_text
 from cache.lake.s3_client import Connection
+from cache.lake.s3_errors import refused_header
 from cache.lake.s3_ranges import quoted
+
+_log = logging.getLogger(__name__)
 
 # An upload whose parts have CRC32 says so in its id, so that who goes on with it after a restart knows.
 _CRC32_MARK = "crc32:"
-# What servers say to a checksum that they don't know, among other things.
-CHECKSUM_REFUSALS = frozenset({"NotImplemented", "InvalidArgument", "InvalidRequest"})
 
 
 class PartUploads:
@@ -30,22 +32,33 @@ class PartUploads:
     def __init__(self, bucket: str, prefix: str) -> None:
         self._bucket = bucket
         self._prefix = prefix
-        self._offers_crc32 = True
+        self._knows_crc32: bool | None = None  # The lake; None: it was not asked yet.
 
     def start(self, connection: Connection, key: str, metadata: Mapping[str, str]) -> str:
         """Return the id of an upload whose parts `put` sends."""
-        if not self._offers_crc32:
+        if self._knows_crc32 is False:
             return self.start_plain(connection, key, metadata)
         try:
             reply = self._create(connection, key, metadata, ChecksumAlgorithm="CRC32")
         except ClientError as error:
-            if error.response.get("Error", {}).get("Code") not in CHECKSUM_REFUSALS:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if self._knows_crc32 or not refused_header(
+                status, error.response.get("Error", {}).get("Code", "")
+            ):
                 raise
             upload_id = self.start_plain(connection, key, metadata)
-            self._offers_crc32 = False  # It was that.
+            self._note_unknown()  # It was that.
             return upload_id
-        mark = _CRC32_MARK if reply.get("ChecksumAlgorithm") == "CRC32" else ""
-        return mark + str(reply["UploadId"])
+        if reply.get("ChecksumAlgorithm", "").upper() == "CRC32":
+            self._knows_crc32 = True
+            return _CRC32_MARK + str(reply["UploadId"])
+        self.abort(connection, key, reply["UploadId"])  # It may ask for checksums all the same.
+        self._note_unknown()
+        return self.start_plain(connection, key, metadata)
+
+    def _note_unknown(self) -> None:
+        self._knows_crc32 = False
+        _log.info("the lake knows no CRC32 of parts: they go with MD5")
 
     def start_plain(self, connection: Connection, key: str, metadata: Mapping[str, str]) -> str:
         """Return the id of an upload without checksums: of parts that the lake copies."""
