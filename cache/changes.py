@@ -21,7 +21,8 @@ from cache.committer import Committer
 from cache.copy_up import CopyUp
 from cache.counters import Counters, WriteBudget
 from cache.errors import MountReadOnly, SluiceError
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.journaling import JournalKeeper
 from cache.lister import Lister
 from cache.messages import Answer

@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from cache.errors import CacheError, SluiceError
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -21,7 +21,8 @@ from cache.committer import Committer
 from cache.engine import Engine
 from cache.errors import CacheError, NameRefused, ObjectMissing, SluiceError, StagingFull
 from cache.fetcher import Fetcher
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.lake.base import Body
 from cache.model import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, KIND_FILE, ObjectVersion, ceil_div
 from cache.opens import Mode, OpenTable

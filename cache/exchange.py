@@ -12,7 +12,8 @@ from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
 from cache.errors import CacheError, CacheFull
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.leaving import Leaving
 from cache.model import ObjectVersion, VersionId
 from cache.places import Tier, remove

@@ -11,7 +11,8 @@ from cache.busy import Busy
 from cache.committer import Committer
 from cache.engine import Engine
 from cache.errors import CacheError
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.model import GROUP_BLOCKS, GroupIndex
 from cache.places import Tier, punch, remove
 from cache.policy.eviction import ItemId

@@ -14,7 +14,8 @@ import trio
 
 from cache.committer import Committer
 from cache.errors import LakeUnavailable, ObjectMissing, SluiceError
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.lake.base import ListPage
 from cache.lake_io import LakeIO
 from cache.listing import Changed, ListingInProgress, node_of, put_directory, put_file

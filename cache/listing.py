@@ -8,7 +8,7 @@ import time
 
 import msgspec
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.lake.base import ListPage
 from cache.metadata import attributes_of
 from cache.model import (

@@ -17,7 +17,8 @@ import trio
 
 from cache.committer import Committer
 from cache.errors import LakeError, ObjectChanged, ObjectExists, ObjectMissing
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.journaling import JournalKeeper
 from cache.keys import prefixes
 from cache.lake_io import LakeIO

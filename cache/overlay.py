@@ -15,7 +15,8 @@ import stat
 
 import msgspec
 
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.pending import KeyWatch, Move, Pending, PendingTable, Restate
 from cache.records import Node
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.keys import Claims, KeyTree, discard
 from cache.keys import prefixes as prefixes
 from cache.model import SYMLINK_SUFFIX

@@ -13,7 +13,7 @@ import msgspec
 
 from cache.committer import Committer
 from cache.errors import BodyBroken, LakeUnavailable, MountReadOnly, SluiceError
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.opens import Mode, OpenTable
 from cache.pending import (
     CONFLICT,

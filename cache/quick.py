@@ -17,7 +17,7 @@ import outcome
 from cache.committer import Committer
 from cache.engine import Engine
 from cache.errors import CacheError, SluiceError
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.lake.base import Body
 from cache.model import ObjectVersion
 from cache.policy.due import Next

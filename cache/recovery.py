@@ -34,7 +34,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.journal import Journal
 from cache.journaling import content_of, is_sealed
 from cache.model import KIND_DIRECTORY, ROOT_INODE, Inode, ObjectVersion

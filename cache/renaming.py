@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.model import ROOT_INODE
 from cache.pending import (
     ANY_ETAG,

@@ -13,7 +13,8 @@ import msgspec
 
 from cache.committer import Committer
 from cache.errors import ObjectMissing
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.lake_io import LakeIO
 from cache.metadata import is_restated
 from cache.model import ObjectVersion

@@ -15,7 +15,8 @@ import msgspec
 
 from cache.committer import Committer
 from cache.engine import Engine
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.model import GROUP_BLOCKS, GroupIndex, VersionId, block_count
 from cache.places import Tier
 from cache.policy.eviction import ItemId

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.model import GROUP_BLOCKS, GroupIndex, ObjectVersion, blocks_in_group, group_count
 from cache.policy.eviction import ItemId
 from cache.records import Group, VersionRow

@@ -18,7 +18,7 @@ from cache.errors import (
     ObjectMissing,
     StagingFull,
 )
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.model import (
     KIND_DIRECTORY,
     KIND_FIFO,

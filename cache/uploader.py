@@ -15,7 +15,8 @@ import trio
 from cache.committer import Committer
 from cache.dispatching import Dispatcher, RefreshEntry
 from cache.errors import LakeError, NameMissing, ObjectMissing
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.journaling import JournalKeeper
 from cache.lake_io import LakeIO
 from cache.model import Inode

@@ -27,7 +27,7 @@ from cache.errors import (
     ObjectMissing,
 )
 from cache.exchange import Land
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.journaling import JournalKeeper
 from cache.lake_io import LakeIO
 from cache.metadata import SentId, checksum_of, metadata_of, with_id

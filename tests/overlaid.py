@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 import pytest
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.model import (
     KIND_DIRECTORY,
     KIND_FILE,

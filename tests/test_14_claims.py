@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.keys import Claims, KeyTree
 from cache.pending import Delete, Mark, Move, Pending, PendingTable, Put, path_of, touched_keys, touched_trees
 from cache.records import Attributes

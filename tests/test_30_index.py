@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cache.errors import CacheError, UsageError
-from cache.index import Index, IndexWriter, remove_index
+from cache.index import Index, remove_index
+from cache.index_writer import IndexWriter
 from cache.model import KIND_DIRECTORY, KIND_FILE, ROOT_INODE, GroupIndex, Inode, ObjectVersion
 from cache.records import DirectoryState, Group, HiddenKey, Node, VersionRow
 
@@ -148,7 +149,7 @@ def changed_at(index: Index, inode: int = ROOT_INODE) -> int:
 def listed(index: Index, monkeypatch: pytest.MonkeyPatch) -> Index:
     """An index whose root was listed with a and b in it, under a clock that counts the calls."""
     ticks = itertools.count(1000)
-    monkeypatch.setattr("cache.index.time.time_ns", lambda: next(ticks))
+    monkeypatch.setattr("cache.index_writer.time.time_ns", lambda: next(ticks))
     add(index, b"a", b"b")
     with index.write() as w:
         w.set_directory(ROOT_INODE, DirectoryState(1.0, 2, 1, 0.1, changed_at_ns=5))

@@ -18,7 +18,8 @@ from trio.testing import wait_all_tasks_blocked
 from cache.committer import Change, Committer
 from cache.engine import Engine
 from cache.errors import CacheError, NameExists, SluiceError
-from cache.index import Index, IndexWriter
+from cache.index import Index
+from cache.index_writer import IndexWriter
 from cache.model import KIND_FILE, ROOT_INODE, Inode
 from cache.records import DirectoryState, Node
 

@@ -15,7 +15,7 @@ import trio
 from cache.errors import CacheError, CacheFull, LakeUnavailable, SluiceError
 from cache.exchange import Land
 from cache.fetcher import Started, Wanted
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.model import BLOCK_BYTES, FETCH_BLOCKS, GROUP_BLOCKS, KIB, MIB, ObjectVersion, block_count
 from cache.opens import OpenTable
 from cache.policy.due import SOME_TIME, Next

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.model import (
     KIND_DIRECTORY,
     KIND_FIFO,

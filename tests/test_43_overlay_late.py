@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.model import (
     KIND_DIRECTORY,
     KIND_FILE,

@@ -14,7 +14,7 @@ import trio
 from cache import messages
 from cache.config import LakeConfig
 from cache.errors import AccessDenied, BodyBroken, LakeError, LakeUnavailable, NameMissing, SlowDown
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.lake.directory import DirectoryLake
 from cache.model import MIB
 from cache.pending import ANY_ETAG, CONFLICT, FAILED, Delete, Put

@@ -16,7 +16,7 @@ from cache.errors import (
     NameExists,
     NameMissing,
 )
-from cache.index import IndexWriter
+from cache.index_writer import IndexWriter
 from cache.journal import Journal
 from cache.model import MIB, ROOT_INODE
 from cache.mover import Mover, TierPlan, run_mover
