@@ -21,12 +21,11 @@ from cache.counters import CounterRow
 from cache.errors import CacheError, ObjectMissing
 from cache.index import Index
 from cache.lake.base import Body
-from cache.messages import Corrupt, Fetch, ReadSeen, ReadThrough, Request, Used
+from cache.messages import Corrupt, Fetch, ReadThrough, Request
 from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
     GROUP_BYTES,
-    MIB,
     SMALL_OBJECT_BYTES_MAX,
     Inode,
 )
@@ -36,6 +35,7 @@ from cache.tier import TierFiles
 from fusefs.grants import Grants
 from fusefs.namespace import Namespace
 from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
+from fusefs.use_notes import UseNotes
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,6 @@ WAITED_BIT, WRITING_BIT = 1 << 62, 1 << 59
 COUNTED_BIT = 1 << 58  # The open is counted in the OpenTable, and so is its release.
 GRANTED_BIT = 1 << 63  # channel.c answered the open, see grants.py.
 _TRIES_MAX = 6  # Then the bytes are evicted as fast as they come: read past the cache.
-_USED_BATCH = 128
-_TELL_BYTES = 2 * MIB  # The read-ahead hears of a sequential reader's hits every so often,
-_READS_BATCH = 64  # and of others' when so many have gathered, or before the next miss.
-
 
 _MOVED: tuple[Body, str] = (b"", "")
 
@@ -107,10 +103,7 @@ class Filesystem:
         self._mover = mover
         self._counters = counters
         self._staging = staging
-        self._used: list[bytes] = []
-        self._used_files: list[int] = []
-        self._used_at_s: list[float] = []
-        self._reads: list[tuple[int, int, int]] = []  # Hits in large files: inode, offset, length.
+        self.used = UseNotes(mover, self.note_granted_opens)
 
     # Open
 
@@ -155,9 +148,8 @@ class Filesystem:
         if node.staged:
             return
         if node.size_bytes > SMALL_OBJECT_BYTES_MAX:  # Opens of the others are noted anyway.
-            self._used_files.append(inode)
-            self._used_at_s.append(time.time())
-        self._note_used(node.vid)
+            self.used.file(inode)
+        self.used.items(node.vid)
 
     def grant(self, handle: int) -> None:
         """Have further opens of a file that was opened in cached mode answered by the channel.
@@ -186,9 +178,8 @@ class Filesystem:
         for inode, at_s in opened:
             node = self._index.node(Inode(inode))
             if node is not None and not node.staged:
-                self._used_files.append(inode)
-                self._used_at_s.append(at_s)
-                self._used.append(node.vid)
+                self.used.file(inode, at_s)
+                self.used.item(node.vid)
 
     def end(self, handle: int, request: int) -> None:
         """The last descriptor of what was opened as *handle* is closed. *request*: its number."""
@@ -295,11 +286,11 @@ class Filesystem:
         self._counters.add(hit.source, hit.length)
         node = hit.node
         if hit.items:
-            self._note_used(*hit.items)
-        if self._no_open and not hit.waited and node.vid not in self._used:
+            self.used.items(*hit.items)
+        if self._no_open and not hit.waited and node.vid not in self.used:
             self._note_file_used(hit.inode, node)
         if node.size_bytes > SMALL_OBJECT_BYTES_MAX:
-            self._note_read(hit.inode, hit.offset, hit.length)
+            self.used.read(hit.inode, hit.offset, hit.length)
 
     async def _read_staged(self, number: int, offset: int, length: int) -> Body | None:
         """Return the bytes of a staging file, holes included; None where the file is not there."""
@@ -333,11 +324,11 @@ class Filesystem:
                     continue
                 if found is not None:
                     body, source = found
-                    if self._no_open and not waited and node.vid not in self._used:
+                    if self._no_open and not waited and node.vid not in self.used:
                         self._note_file_used(inode, node)
                     self._counters.add("bytes_lake" if waited else source, length)
                     if node.size_bytes > SMALL_OBJECT_BYTES_MAX and not missed:
-                        self._note_read(inode, offset, length)
+                        self.used.read(inode, offset, length)
                     return body
                 waited = missed = True
                 await self._wait(Fetch(inode, offset, length))
@@ -349,7 +340,7 @@ class Filesystem:
 
     async def _wait(self, request: Request) -> bytes:
         """Ask the mover and count the time. It hears first what was used before, in this order."""
-        self.flush_used()
+        self.used.tell()
         started_ns = time.monotonic_ns()
         try:
             return (await self._mover.ask(request)).body
@@ -370,7 +361,7 @@ class Filesystem:
         if row is None or (expected := _expected(rows, groups, first, last)) is None:
             return None
         if not row.whole:
-            self._note_used(*(group_key(node.vid, group) for group in groups))
+            self.used.items(*(group_key(node.vid, group) for group in groups))
         start, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, node.size_bytes)
         body = await self._pread(row, node.vid, start, end - start)
         if body is None:
@@ -429,48 +420,11 @@ class Filesystem:
             await self._mover.ask(Corrupt(node.vid, group))
         return None
 
-    # Use
-
     def _note_file_used(self, inode: Inode, node: Node) -> None:
         self.note_granted_opens()  # They came before.
         if node.size_bytes <= SMALL_OBJECT_BYTES_MAX:  # Of such are sample sets.
-            self._used_files.append(inode)
-            self._used_at_s.append(time.time())
-        self._note_used(node.vid)
-
-    def _note_read(self, inode: Inode, offset: int, length: int) -> None:
-        """Have the mover told of a hit in a large file, with those next to it."""
-        if self._reads:
-            last, start, before = self._reads[-1]
-            if last == inode and start + before == offset:
-                self._reads.pop()
-                offset, length = start, before + length
-        self._reads.append((inode, offset, length))
-        if len(self._reads) >= _READS_BATCH or offset // _TELL_BYTES != (offset + length) // _TELL_BYTES:
-            self._flush_reads()
-
-    def _flush_reads(self) -> None:
-        if self._reads:
-            self._mover.tell(ReadSeen(self._reads))
-            self._reads = []
-
-    def _note_used(self, *items: bytes) -> None:
-        self._used += items
-        if len(self._used) >= _USED_BATCH:
-            self.flush_used()
-
-    def flush_used(self) -> None:
-        """Tell the mover which cached items were used, for its eviction policy, and what was read."""
-        self._flush_reads()
-        self.note_granted_opens()
-        if self._used:
-            self._mover.tell(Used(self._used, self._used_files, self._used_at_s))
-            self._used, self._used_files, self._used_at_s = [], [], []
-
-    async def flush_used_regularly(self) -> None:
-        while True:
-            await trio.sleep(0.25)
-            self.flush_used()
+            self.used.file(inode)
+        self.used.items(node.vid)
 
 
 def inode_of(handle: int) -> Inode:

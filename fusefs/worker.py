@@ -87,7 +87,7 @@ def equip(
         grants=grants,
     )
     if staging is None:
-        return [filesystem.flush_used_regularly]
+        return [filesystem.used.tell_regularly]
     gate = WriteGate(shared.counters, counters, shared.budget, mover)
     durability = Durability(config.durability, config.durability_default)
     operations.writing = writing = Writing(
@@ -101,7 +101,7 @@ def equip(
         operations.passthrough,
         passes_staged=config.passthrough == "all",
     )
-    return [filesystem.flush_used_regularly, writing.release_descriptors_regularly]
+    return [filesystem.used.tell_regularly, writing.release_descriptors_regularly]
 
 
 def answer_directly(
