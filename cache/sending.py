@@ -61,27 +61,42 @@ class SlotGate:
             granted.set()
 
 
-class MemoryGate:
-    """Bounds the bytes held; who asks first goes first. One that is larger than all may be alone."""
+class PartBuffers:
+    """Bounds the bytes held; who asks first goes first. One that is larger than all may be alone.
+
+    A buffer is used again for the next part: fresh memory costs a page fault for each 4 KiB, and what
+    threads allocate and free stays with the process.
+    """
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._used_bytes = 0
+        self._idle: list[bytearray] = []  # All of one size.
         self._queue = trio.StrictFIFOLock()
         self._freed = trio.Event()
 
     @asynccontextmanager
-    async def held(self, size_bytes: int) -> AsyncIterator[None]:
+    async def held(self, size_bytes: int) -> AsyncIterator[bytearray]:
+        """Have a buffer of this size while the block runs."""
         async with self._queue:
             while self._used_bytes and self._used_bytes + size_bytes > self._bytes_max:
                 self._freed = trio.Event()
                 await self._freed.wait()
             self._used_bytes += size_bytes
         try:
-            yield
+            buffer = self._take(size_bytes)
+            yield buffer
+            self._idle.append(buffer)  # Not after an exception: a thread may still be sending from it.
         finally:
             self._used_bytes -= size_bytes
+            if not self._used_bytes:
+                self._idle.clear()
             self._freed.set()
+
+    def _take(self, size_bytes: int) -> bytearray:
+        if self._idle and len(self._idle[0]) != size_bytes:
+            self._idle.clear()
+        return self._idle.pop() if self._idle else bytearray(size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +169,7 @@ class Sender:
         self._lake = lake
         self._slots = slots
         self._bandwidth = bandwidth
-        self._memory = MemoryGate(_MEMORY_BYTES_MAX)
+        self._buffers = PartBuffers(_MEMORY_BYTES_MAX)
 
     async def sum(self, content: Content) -> Summed:
         """Read all of it once. Raises Stale, CacheError."""
@@ -229,13 +244,12 @@ class Sender:
         for number in numbers:
             offset = (number - 1) * upload.part_bytes
             length = min(upload.part_bytes, content.size_bytes - offset)
-            async with self._memory.held(length):
+            async with self._buffers.held(length) as buffer:
                 await self._wait_for_bandwidth(length)
                 async with self._slots.slot(part_of=content.key):
                     content.check()
-                    body = await self._lake.run(lambda: _read_summed(content, summed, offset, length))  # noqa: B023
-                    part = await self._lake.put_part(content.key, upload.id, number, body)
-                    del body
+                    await self._lake.run(partial(_read_summed, content, summed, buffer, offset))
+                    part = await self._lake.put_part(content.key, upload.id, number, buffer)
             upload.parts[number] = part
             on_sent(length)
 
@@ -247,8 +261,8 @@ class Sender:
             length = min(upload.part_bytes, content.size_bytes - offset)
             if length <= 0 or part.size_bytes != length:
                 continue
-            async with self._memory.held(length):
-                verify = partial(_verified_part, content, part, offset)
+            async with self._buffers.held(length) as buffer:
+                verify = partial(_verified_part, content, part, buffer, offset)
                 if (verified := await self._lake.run(verify)) is not None:
                     good[part.number] = verified
         return good
@@ -322,24 +336,23 @@ def _sum_range(content: Content, start: int, stop: int) -> array[int]:
     return checksums
 
 
-def _read_summed(content: Content, summed: Summed, offset: int, length: int) -> bytes:
-    """Return a part's bytes, which must be those that the whole's checksum was made of."""
-    body = content.read(offset, length)
+def _read_summed(content: Content, summed: Summed, buffer: bytearray, offset: int) -> None:
+    """Read a part's bytes, which must be those that the whole's checksum was made of."""
+    content.read_into(memoryview(buffer), offset)
     first = offset // BLOCK_BYTES
-    found = block_checksums(body)
+    found = block_checksums(buffer)
     if array("Q", found) != summed.checksums[first : first + len(found)]:
         content.check()
         raise CacheError(f"{content.key}: the staging file's bytes changed on the disk")
-    return body
 
 
-def _verified_part(content: Content, part: Part, offset: int) -> Part | None:
-    body = content.read(offset, part.size_bytes)
-    crc32 = crc32_text(body)
-    if part.crc32 != crc32 and part.etag != _md5_etag(body):
+def _verified_part(content: Content, part: Part, buffer: bytearray, offset: int) -> Part | None:
+    content.read_into(memoryview(buffer), offset)
+    crc32 = crc32_text(buffer)
+    if part.crc32 != crc32 and part.etag != _md5_etag(buffer):
         return None
     return replace(part, crc32=crc32)
 
 
-def _md5_etag(body: bytes) -> str:
+def _md5_etag(body: bytearray) -> str:
     return f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'

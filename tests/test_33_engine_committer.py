@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -135,6 +136,19 @@ async def test_a_job_cancelled_while_it_runs_runs_to_its_end_and_nobody_waits(on
     assert scope.cancelled_caught
     job.may_end.set()
     assert await one_thread.run(lambda: "next") == "next"
+
+
+async def test_a_thread_that_waits_keeps_nothing_of_its_last_job(one_thread: Engine) -> None:
+    """The body of an upload's part, say, of which every thread kept one."""
+
+    class Body:
+        pass
+
+    body = Body()
+    kept = weakref.ref(body)
+    await one_thread.run(partial(id, body))
+    del body
+    await until(lambda: kept() is None)
 
 
 async def test_many_calls_at_once_each_get_their_own_result() -> None:

@@ -102,7 +102,8 @@ class Lake(Protocol):
     def start_multipart(self, key: str, *, metadata: Mapping[str, str] | None = None) -> str:
         """Return the upload id. The caller completes or aborts it."""
 
-    def put_part(self, key: str, upload_id: str, number: int, body: Body) -> Part: ...
+    def put_part(self, key: str, upload_id: str, number: int, body: Body) -> Part:
+        """Store a part. *body* is the caller's again afterwards."""
 
     def list_parts(self, key: str, upload_id: str) -> list[Part]:
         """Return the parts stored so far, by number. Raises ObjectMissing for an unknown upload.

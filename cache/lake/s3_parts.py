@@ -73,7 +73,9 @@ class PartUploads:
         return reply
 
     def put(self, connection: Connection, key: str, upload_id: str, number: int, body: Body) -> Part:
-        content = bytes(body)
+        # boto3 makes a file of bytes, asks the server whether it may send it, and then does in pieces of
+        # 16 KiB. A bytearray it sends as it is.
+        content = body if isinstance(body, bytearray) else bytearray(body)
         crc32 = crc32_text(content) if upload_id.startswith(_CRC32_MARK) else ""
         checksum = {"ChecksumCRC32": crc32} if crc32 else {"ContentMD5": content_md5(content)}
         reply = connection.unsigned_client().upload_part(
@@ -113,6 +115,6 @@ class PartUploads:
         }
 
 
-def content_md5(content: bytes) -> str:
+def content_md5(content: Body) -> str:
     """Return the checksum header that every S3 server checks, old or new."""
     return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
