@@ -84,8 +84,10 @@ class PartBuffers:
                 await self._freed.wait()
             self._used_bytes += size_bytes
         try:
-            buffer = self._take(size_bytes)
+            self._keep_only(size_bytes)
+            buffer = self._idle.pop() if self._idle else bytearray(size_bytes)
             yield buffer
+            self._keep_only(size_bytes)
             self._idle.append(buffer)  # Not after an exception: a thread may still be sending from it.
         finally:
             self._used_bytes -= size_bytes
@@ -93,10 +95,10 @@ class PartBuffers:
                 self._idle.clear()
             self._freed.set()
 
-    def _take(self, size_bytes: int) -> bytearray:
+    def _keep_only(self, size_bytes: int) -> None:
+        """Give back idle buffers of another size: a part sent from one would be cut off."""
         if self._idle and len(self._idle[0]) != size_bytes:
             self._idle.clear()
-        return self._idle.pop() if self._idle else bytearray(size_bytes)
 
 
 @dataclass(frozen=True, slots=True)

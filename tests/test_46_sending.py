@@ -31,6 +31,20 @@ async def test_a_buffer_of_another_size_takes_the_place_of_idle_ones() -> None:
             assert other is not large
 
 
+async def test_buffers_of_two_files_are_not_mistaken_for_each_other() -> None:
+    """The last part of one file ends while parts of another are on their way."""
+    buffers = PartBuffers(100)
+    async with buffers.held(5):
+        async with buffers.held(7) as last_part:
+            async with buffers.held(40):
+                pass
+            assert len(last_part) == 7
+        async with buffers.held(40) as part:
+            assert len(part) == 40
+            async with buffers.held(7) as other:
+                assert len(other) == 7
+
+
 async def test_what_a_failed_request_may_still_be_sending_is_not_written_to() -> None:
     buffers = PartBuffers(100)
     async with buffers.held(10):
