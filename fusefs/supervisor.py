@@ -6,6 +6,7 @@ it. It runs no event loop and no thread of its own, so forking is safe at any ti
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -116,9 +117,7 @@ def _run(mount: Mount, announce: Callable[[], None]) -> int:
         for child in mount.children:
             _start(mount, child)
         mount.children.append(mover)
-        os.statvfs(mount.config.mountpoint)  # The first request: the mount answers.
-        announce()
-        _watch(mount)
+        _watch(mount, announce)
     finally:
         status = _stop(mount, mover)
     return status
@@ -242,8 +241,36 @@ def _start(mount: Mount, child: Child) -> None:
         mount.shared.counters.row(child.row).set("pid", child.pid)
 
 
-def _watch(mount: Mount) -> None:
-    """Replace what dies, until the mount is gone or somebody wants us to stop."""
+def _ask(mount: Mount) -> int:
+    """Send the mount its first request, from a child; return its pid. It ends with 0 or an errno.
+
+    Who holds the device must not ask: were all killed when a worker had received the request, he would
+    wait for the answer, SIGKILL or not, and the kernel for him to close the device.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    os.close(mount.device)
+    status = 0
+    try:
+        os.statvfs(mount.config.mountpoint)
+    except OSError as error:
+        status = error.errno or errno.EIO
+    os._exit(status)
+
+
+def _check_answer(mount: Mount, code: int) -> None:
+    if code:
+        how = os.strerror(code) if code > 0 else f"who asked it was killed by signal {-code}"
+        raise SluiceError(f"{mount.config.mountpoint}: the mount does not answer: {how}")
+
+
+def _watch(mount: Mount, announce: Callable[[], None]) -> None:
+    """Replace what dies, until the mount is gone or somebody wants us to stop.
+
+    Calls *announce* once the mount answers; raises SluiceError if it fails to.
+    """
+    asking = _ask(mount)
     if failure := device.set_read_ahead(mount.config.mountpoint, READ_AHEAD_KIB):
         log.info("the kernel reads ahead 128 KiB only: %s", failure)
     while not mount.unmounted:
@@ -253,7 +280,10 @@ def _watch(mount: Mount) -> None:
         if received is not None and received.si_signo in _STOP_SIGNALS:
             log.info("signal %d: unmounting", received.si_signo)
             return
-        _reap(mount)
+        ended = _reap(mount)
+        if asking in ended:
+            _check_answer(mount, ended[asking])
+            announce()
         for child in mount.children:
             if child.due_s is not None and child.due_s <= time.monotonic() and not mount.unmounted:
                 _start(mount, child)
@@ -261,18 +291,21 @@ def _watch(mount: Mount) -> None:
                     device.resend_requests(mount.device)
 
 
-def _reap(mount: Mount) -> None:
+def _reap(mount: Mount) -> dict[int, int]:
+    """Note which processes have ended; return the exit code of each by its pid, negative for a signal."""
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return
+            return ended
         if pid == 0:
-            return
+            return ended
+        ended[pid] = os.waitstatus_to_exitcode(status)
         for child in mount.children:
             if child.pid == pid:
                 child.pid = 0
-                _note_death(mount, child, os.waitstatus_to_exitcode(status))
+                _note_death(mount, child, ended[pid])
 
 
 def _note_death(mount: Mount, child: Child, code: int) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -19,6 +20,7 @@ from tests.mounting import (
     LiveMount,
     Mounting,
     content,
+    detach,
     is_alive,
     kill_each,
     mounts_below,
@@ -68,14 +70,17 @@ def test_several_readers_at_once_read_right(mounting: Mounting, folder: Folder, 
         assert running.finish() > 0
 
 
-def without_channel(mount: LiveMount) -> None:
-    """Have the mount run by a `sluice` for which the extension was not built."""
+def run_by(mount: LiveMount, changed: str) -> None:
+    """Have the mount run by a `sluice` that executes *changed* first."""
     script = mount.home / "bin" / "sluice"
     script.parent.mkdir()
-    script.write_text(
-        "import sys\nsys.modules['fusefs._channel'] = None\nfrom tools.cli import main\nsys.exit(main())\n"
-    )
+    script.write_text(f"import sys\n{changed}\nfrom tools.cli import main\nsys.exit(main())\n")
     mount.program = [sys.executable, str(script)]
+
+
+def without_channel(mount: LiveMount) -> None:
+    """Have the mount run by a `sluice` for which the extension was not built."""
+    run_by(mount, "sys.modules['fusefs._channel'] = None")
 
 
 def test_without_the_channel_extension_one_worker_serves_and_says_so(
@@ -93,6 +98,51 @@ def test_without_the_channel_extension_one_worker_serves_and_says_so(
     assert mount.read("file") == b"content"
     kill_each(mount.pids()["workers"])
     assert mount.read_anew("file") == b"content"
+
+
+# The first worker receives a request, which it never answers.
+_SILENT_WORKER = """
+import os, pathlib, select, time
+from fusefs import supervisor
+received, answering = pathlib.Path({received!r}), supervisor._become_worker
+
+def worker(mount, operations, row):
+    if received.exists():
+        answering(mount, operations, row)
+    select.select([mount.device], [], [])
+    os.read(mount.device, 1 << 21)
+    received.touch()
+    {then}
+
+supervisor._become_worker = worker
+"""
+
+
+def test_all_may_be_killed_while_the_mount_has_not_answered_yet(mounting: Mounting, folder: Folder) -> None:
+    """Nobody may wait for an answer who holds the device: the kernel would wait for him in turn."""
+    folder.put("file", b"content")
+    mount = mounting.prepare(folder.url, "--workers=1")
+    received = mount.home / "received"
+    run_by(mount, _SILENT_WORKER.format(received=str(received), then="time.sleep(3600)"))
+    mount.directory.mkdir()
+    command = [*mount.program, "mount", folder.url, str(mount.directory), *mount._options]
+    with subprocess.Popen(command, env=mount._environment, stderr=subprocess.PIPE) as starting:
+        until(received.exists, "a worker has received the first request")
+        mount.kill_all()
+        starting.communicate()
+    detach(mount.directory)
+    mount.mount()  # The cache is free again.
+    assert mount.read("file") == b"content"
+
+
+def test_a_worker_that_dies_with_the_first_request_is_replaced(mounting: Mounting, folder: Folder) -> None:
+    folder.put("file", b"content")
+    mount = mounting.prepare(folder.url, "--workers=1")
+    received = mount.home / "received"
+    run_by(mount, _SILENT_WORKER.format(received=str(received), then="os._exit(1)"))
+    mount.mount()
+    assert received.exists()
+    assert mount.read("file") == b"content"
 
 
 def kill_at_random(mount: LiveMount, running: Readers, seed: int, roles: tuple[str, ...]) -> set[int]:
