@@ -17,6 +17,7 @@ import trio
 
 from cache.checkpoints import CheckpointNotes
 from cache.committer import Committer
+from cache.contents import Stale
 from cache.errors import SluiceError
 from cache.index import Index
 from cache.journaling import JournalKeeper
@@ -40,7 +41,8 @@ from cache.planning import Plans
 from cache.planning import UploadConfig as UploadConfig
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, TokenBucket
 from cache.residency import Residency
-from cache.sending import Sender, SlotGate, Stale
+from cache.send_limits import SlotGate
+from cache.sending import Sender
 from cache.staging import StagingFiles
 from cache.uploading import Puts, Receipt
 

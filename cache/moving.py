@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from cache.committer import Committer
+from cache.contents import Stale
 from cache.errors import LakeError, ObjectChanged, ObjectExists, ObjectMissing
 from cache.index import Index
 from cache.index_writer import IndexWriter
@@ -27,7 +28,7 @@ from cache.model import Inode, ObjectInfo, ObjectVersion
 from cache.pending import Delete, Mark, Move, PendingTable, Restate
 from cache.records import Node
 from cache.restating import know_again, renewed
-from cache.sending import Stale, run_all
+from cache.sending import run_all
 from cache.uploading import put_origin
 
 log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ import msgspec
 
 from cache.checkpoints import CheckpointNotes
 from cache.committer import Committer
+from cache.contents import Content, Stale, Summed, opened
 from cache.errors import (
     FileTooLarge,
     LakeError,
@@ -37,7 +38,7 @@ from cache.pending import CONFLICT, FAILED, SEALED, PendingTable, Put, Restate, 
 from cache.policy.writeback import SINGLE_PUT_BYTES_MAX, part_bytes
 from cache.records import Node
 from cache.residency import Residency
-from cache.sending import Content, Sender, Stale, Summed, Upload, opened
+from cache.sending import Sender, Upload
 from cache.staging import StagingFiles, as_written, is_open_for_writing
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.servers import SeaweedServer
+from tools.servers import SeaweedServer, SlowProxy
 
 _bucket_numbers = itertools.count(1)
 
@@ -49,6 +49,13 @@ def s3_credentials(s3_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.fixture
+def proxy(s3_server: SeaweedServer) -> Iterator[SlowProxy]:
+    """A proxy in front of the server, for faults."""
+    with SlowProxy(s3_server.endpoint_url, seed=1) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session", params=["CA:FALSE", "CA:TRUE"])

@@ -14,7 +14,7 @@ from cache.errors import BodyBroken, ObjectMissing
 from cache.lake.base import crc32_text
 from cache.lake.s3 import S3Lake
 from cache.lake.s3_parts import content_md5
-from tools.servers import SeaweedServer, SlowProxy
+from tools.servers import SlowProxy
 
 pytestmark = pytest.mark.usefixtures("s3_credentials")
 
@@ -24,12 +24,6 @@ STARTED = (
     "<InitiateMultipartUploadResult><Bucket>b</Bucket><Key>k</Key><UploadId>U1</UploadId>"
     "</InitiateMultipartUploadResult>"
 )
-
-
-@pytest.fixture
-def proxy(s3_server: SeaweedServer) -> Iterator[SlowProxy]:
-    with SlowProxy(s3_server.endpoint_url, seed=1) as proxy:
-        yield proxy
 
 
 @pytest.fixture(params=["obstore", "boto3"])

@@ -41,12 +41,6 @@ CONTENT = bytes(range(256)) * 400
 PLACE = Place("s3://bucket/prefix", "http://127.0.0.1:9000", None)
 
 
-@pytest.fixture
-def proxy(s3_server: SeaweedServer) -> Iterator[SlowProxy]:
-    with SlowProxy(s3_server.endpoint_url, seed=1) as proxy:
-        yield proxy
-
-
 @pytest.fixture(params=["obstore", "boto3"])
 def lake(request: pytest.FixtureRequest, proxy: SlowProxy, shared_bucket: str) -> Iterator[S3Lake]:
     config = LakeConfig(f"s3://{shared_bucket}/errors", endpoint_url=proxy.endpoint_url, read_timeout_s=1.0)

@@ -23,12 +23,6 @@ from tools.servers import Faults, SeaweedServer, SlowProxy
 IMPATIENT = ("--retry=1", "--read-timeout=0.5", "--connect-timeout=0.5")
 
 
-@pytest.fixture
-def proxy(s3_server: SeaweedServer) -> Iterator[SlowProxy]:
-    with SlowProxy(s3_server.endpoint_url, seed=54) as slow:
-        yield slow
-
-
 def errno_of_reading(path: Path) -> int:
     """Return the errno that reading the file fails with; 0 if it does not."""
     try:

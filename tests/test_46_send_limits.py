@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from cache.sending import PartBuffers
+from cache.send_limits import PartBuffers
 
 
 async def test_a_buffer_is_used_again_and_none_is_kept_when_nothing_is_sent() -> None:
