@@ -251,6 +251,7 @@ class Dispatcher:
                 elif self._is_due(seq) and seq in self._table.rows:
                     if self.must_wait(seq):
                         self.blocked.add(seq)
+                        self._hurry_blockers(seq)
                         self.move_on()
                         continue
                     batch.append(seq)
@@ -259,6 +260,14 @@ class Dispatcher:
                 self.busy.update(batch)
                 self._active[lane] += 1
                 self._nursery.start_soon(self._operate, lane, batch)
+
+    def _hurry_blockers(self, seq: int) -> None:
+        """What an upload has to wait for that somebody waits for is in the same hurry."""
+        row, hurried = self._table.rows[seq], self.plans.hurried
+        if seq in hurried or (isinstance(row, Put) and row.inode in self.plans.urgent):
+            blockers = set(self._table.blockers(seq)) - hurried
+            hurried |= blockers
+            self.look_again(blockers)
 
     def _is_due(self, seq: int) -> bool:
         """Return whether a row is still to be carried out now; else have it planned anew."""

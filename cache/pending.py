@@ -68,7 +68,8 @@ class Put(msgspec.Struct, tag="put", array_like=True, frozen=True):
 class Mark(msgspec.Struct, tag="mark", array_like=True, frozen=True):
     """A directory whose marker, an empty object named like it with "/" at the end, is to be put.
 
-    *is_new*: the directory was made here, and the lake has never had its marker.
+    *is_new*: the directory was made here, and the lake has never had its marker, nor anything below it
+    that has left it again.
     """
 
     path: bytes

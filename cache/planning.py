@@ -95,7 +95,8 @@ class Plans:
         self._uploads: dict[int, tuple[bytes, str]] = {}  # Multipart uploads that rows told of.
         self._dirty_bytes = 0
         self.hurries = 0
-        self.urgent: Counter[int] = Counter()  # Inodes that somebody waits for.
+        self.urgent: Counter[int] = Counter()  # Inodes that somebody waits for,
+        self.hurried: set[int] = set()  # and the rows that have to go before their uploads.
 
     def plan(self, seq: int, row: Pending, now_s: float, *, is_taken: bool) -> bool:
         """Decide when the row is to be looked at next; return False if not before it changes.
@@ -122,6 +123,7 @@ class Plans:
         """The row is gone."""
         self.schedule.remove(seq)
         self.open.discard(seq)
+        self.hurried.discard(seq)
         progress = self.progress.pop(seq, None)
         if progress is not None:
             self._dirty_bytes -= progress.dirty_bytes
@@ -138,7 +140,7 @@ class Plans:
         return self._uploads.pop(seq, None)
 
     def _change_due_s(self, seq: int, row: Pending, progress: Progress) -> float:
-        if seq in self._table.running or self.hurries:
+        if seq in self._table.running or self.hurries or seq in self.hurried:
             return progress.since_s
         if isinstance(row, Delete):
             return progress.since_s + _DELETE_GATHER_S
@@ -149,7 +151,7 @@ class Plans:
         self.note_upload(seq, row.upload_key, row.upload_id)
         if row.state == CONFLICT:
             return None
-        hurried = self.hurries > 0 or row.inode in self.urgent
+        hurried = self.hurries > 0 or row.inode in self.urgent or seq in self.hurried
         if not row.staged:
             quiet_s = self._quiet.due_s(progress.since_s, now_s, is_open=False, hurried=hurried)
             return None if row.uploaded == upload_mark(row, row.attributes.ctime_ns) else quiet_s

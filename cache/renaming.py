@@ -15,6 +15,7 @@ from __future__ import annotations
 import msgspec
 
 from cache.index_writer import IndexWriter
+from cache.keys import prefixes
 from cache.model import ROOT_INODE
 from cache.pending import (
     ANY_ETAG,
@@ -63,7 +64,7 @@ class RowChanges:
         if key == successor_key and not self._moves_of(inode):
             return base
         if base and not is_foreign:
-            self._table.add(self._w, Delete(key, 0 if node.staged else inode))
+            self._take_away(Delete(key, 0 if node.staged else inode))
         return ""
 
     def stage(self, inode: int, node: Node, path: bytes) -> str:
@@ -153,7 +154,7 @@ class RowChanges:
         moved = replace(unsent(row), path=new, base_etag=base, state=state, error="", uploaded=b"")
         if self._may_be_sent(seq, row):
             self._table.remove(self._w, seq)
-            self._table.add(self._w, Move(row.key, new, 0, row.kind))
+            self._take_away(Move(row.key, new, 0, row.kind))
             self._table.add(self._w, replace(moved, base_etag=ANY_ETAG, upload_key=moved.key))
             return
         if self._table.touched_after(seq, moved.key):
@@ -162,7 +163,7 @@ class RowChanges:
         else:
             self._table.replace(self._w, seq, moved)
         if row.base_etag and row.state != CONFLICT:
-            self._table.add(self._w, Delete(row.key))
+            self._take_away(Delete(row.key))
 
     def _add_move(self, inode: int, move: Move, *, may_join: bool = True) -> bytes:
         """Have the lake carry out *move* after all else; return the node's origin.
@@ -175,12 +176,23 @@ class RowChanges:
             seq, last = moves[-1]
             self._table.remove(self._w, seq)
             if last.replaces:
-                self._table.add(self._w, Delete(last.key))
+                self._take_away(Delete(last.key))
             if last.source == move.key:
                 return there if self._table.whereabouts(last.source) != last.source else b""
             move = replace(move, source=last.source, etag=last.etag, size_bytes=last.size_bytes)
-        self._table.add(self._w, move)
+        self._take_away(move)
         return there
+
+    def _take_away(self, row: Delete | Move) -> None:
+        """Have the lake lose what it has, or may get, under a key.
+
+        What brought it there made the directories above it too, where the lake has directories.
+        """
+        self._table.add(self._w, row)
+        for prefix in prefixes(row.key if isinstance(row, Delete) else row.source):
+            for seq, mark in self._table.touching(prefix):
+                if isinstance(mark, Mark) and mark.is_new:
+                    self._table.replace(self._w, seq, replace(mark, is_new=False))
 
     def _moves_of(self, inode: int) -> list[tuple[int, Move]]:
         """Return the moves that the node still has to make, in their order."""

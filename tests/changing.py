@@ -13,7 +13,7 @@ from cache.messages import Answer
 from cache.model import ROOT_INODE, Inode, ObjectVersion
 from cache.pending import Local, Pending, Put
 from cache.records import Node
-from tests.wiring import Cache
+from tests.wiring import Cache, WatchedDirectory
 
 UID, GID = 7, 8
 
@@ -189,4 +189,6 @@ class Files:
 
 def objects(cache: Cache) -> dict[str, bytes]:
     """Return all keys of the lake with their bodies."""
+    if isinstance(cache.lake, WatchedDirectory):
+        return cache.lake.objects()
     return {key: stored.body for key, stored in sorted(cache.lake._objects.items())}

@@ -11,7 +11,7 @@ import trio
 from cache.index import remove_index
 from cache.store import boot_id
 from tests.changing import Files, objects
-from tests.test_49_changes_model import CONFIG, Model, Walk, check_lake, start
+from tests.test_49_changes_model import Model, Walk, check_lake, config, start
 from tests.wiring import Shared, WatchedLake, open_cache, requests_carried_out
 
 SEEDS = int(os.environ.get("SLUICE_MODEL_SEEDS", "8"))
@@ -32,7 +32,7 @@ async def test_a_lost_index_is_made_anew_from_the_journal(tmp_path: Path, seed: 
         with trio.fail_after(_LIMIT_S):
             for mount in range(MOUNTS):
                 is_last = mount == MOUNTS - 1
-                upload = CONFIG if is_sent or is_last else None
+                upload = config(seed) if is_sent or is_last else None
                 async with open_cache(
                     tmp_path, lake, writable=True, upload=upload, shared=Shared.make(), lake_threads=40
                 ) as cache:
@@ -48,7 +48,7 @@ async def test_a_lost_index_is_made_anew_from_the_journal(tmp_path: Path, seed: 
                     if is_last:
                         assert cache.uploader is not None
                         await cache.uploader.drain()
-                        check_lake(lake, cache, model)
+                        check_lake(cache, model)
                 await requests_carried_out(cache)
                 remove_index(tmp_path)
                 steps.append("the index is lost")

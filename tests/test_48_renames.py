@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from cache import messages
 from cache.dispatching import UploadConfig
@@ -22,7 +23,7 @@ from cache.errors import (
 from cache.pending import Mark, Move, Put, Restate
 from cache.tree import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.changing import Files, objects
-from tests.wiring import WatchedLake, open_cache
+from tests.wiring import WatchedDirectory, WatchedLake, open_cache
 
 START = {"data/one": b"1", "data/two": b"22", "data/sub/three": b"333", "top": b"t", "other/x": b"x"}
 
@@ -188,6 +189,22 @@ async def test_a_file_renamed_while_it_is_sent_arrives_under_its_new_name_alone(
     await sending.rename("first", "second")
     assert await sending.read("second") == b"content"
     gate.set()
+    assert await drained(sending) == START | {"second": b"content"}
+
+
+async def test_who_waits_for_a_file_that_is_renamed_meanwhile_does_not_wait_for_quiet_times(
+    sending: Files, lake: WatchedLake
+) -> None:
+    """They are an hour here: what has to be done before the upload is in the same hurry."""
+    gate, uploader = lake.hold("put"), sending.cache.uploader
+    assert uploader is not None
+    inode = await sending.create("first", b"content")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(uploader.wait_for, inode)
+        await lake.met("put")
+        await sending.rename("first", "second")
+        gate.set()
+    assert lake.head("second").version.size_bytes == 7
     assert await drained(sending) == START | {"second": b"content"}
 
 
@@ -362,6 +379,32 @@ async def test_a_directory_that_was_never_sent_is_renamed_without_the_lake(
     assert all(isinstance(row, Put | Mark) for row in sending.rows())
     assert await drained(sending) == START | {"final/sub/f": b"f"}
     assert lake.requests["copy"] == lake.requests["delete"] == 0
+
+
+async def test_a_directory_that_a_file_only_passed_through_does_not_stay(tmp_path: Path) -> None:
+    """A directory lake makes the directories above what it gets: nobody need have sent their markers."""
+    config = UploadConfig(delay_s=3600.0, open_delay_s=3600.0, threads=2, cache_id="test")
+    lake = WatchedDirectory(tmp_path / "lake")
+    async with open_cache(tmp_path, lake, writable=True, upload=config, lake_threads=12) as cache:
+        files, uploader = Files(cache), cache.uploader
+        assert uploader is not None
+        inode = await files.create("file", b"content")
+        gate = lake.hold("put")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(uploader.wait_for, inode)
+            await lake.met("put")
+            last = "file"
+            for directory in ("renamed", "removed", "replaced"):
+                await files.mkdir(directory)
+                await files.rename(last, last := f"{directory}/file")
+            await files.rename(last, "file")
+            await files.rename("renamed", "new")
+            await files.rmdir("removed")
+            await files.rmdir("replaced")
+            await files.create("replaced", b"other")
+            gate.set()
+        await uploader.drain()
+        assert objects(cache) == {"file": b"content", "new/": b"", "replaced": b"other"}
 
 
 async def test_a_directory_replaces_an_empty_one(sending: Files) -> None:

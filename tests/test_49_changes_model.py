@@ -22,7 +22,7 @@ from cache.policy.writeback import Backoff
 from cache.records import DirectoryState
 from cache.tree import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.changing import Files, objects
-from tests.wiring import Shared, WatchedLake, open_cache, requests_carried_out
+from tests.wiring import Shared, WatchedDirectory, WatchedLake, open_cache, requests_carried_out
 
 SEEDS = int(os.environ.get("SLUICE_MODEL_SEEDS", "12"))
 FIRST_SEED = int(os.environ.get("SLUICE_MODEL_FIRST_SEED", "0"))
@@ -118,7 +118,7 @@ def is_directory(content: bytes | None) -> bool:
 class Walk:
     """One random walk. Its steps are kept for the message of a failure."""
 
-    def __init__(self, seed: int, files: Files, model: Model, lake: WatchedLake) -> None:
+    def __init__(self, seed: int, files: Files, model: Model, lake: WatchedLake | WatchedDirectory) -> None:
         self.random = random.Random(seed)
         self.files = files
         self.model = model
@@ -274,12 +274,20 @@ def start() -> Tree:
     return {"a": None, "a/a": None, "a/a/b": b"aab", "a/b": b"ab", "b": b"b", "c": None, "c/a": b"ca"}
 
 
-CONFIG = UploadConfig(delay_s=0.0, open_delay_s=0.0, threads=4, cache_id="test", backoff=Backoff())
+def config(seed: int) -> UploadConfig:
+    """Every other walk renames and removes what its quiet time has kept from being sent."""
+    delay_s = seed % 2 * 0.05
+    return UploadConfig(delay_s=delay_s, open_delay_s=0.0, threads=4, cache_id="test", backoff=Backoff())
+
+
+@pytest.fixture(params=["bucket", "directory"])
+def lake(request: pytest.FixtureRequest, tmp_path: Path) -> WatchedLake | WatchedDirectory:
+    return WatchedLake() if request.param == "bucket" else WatchedDirectory(tmp_path / "lake")
 
 
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + SEEDS))
-async def test_a_random_walk(tmp_path: Path, seed: int) -> None:
-    lake, model, steps = WatchedLake(), Model(start()), list[str]()
+async def test_a_random_walk(tmp_path: Path, lake: WatchedLake | WatchedDirectory, seed: int) -> None:
+    model, steps = Model(start()), list[str]()
     lake.fill({path: body for path, body in start().items() if body is not None})
     shared = Shared.make()
     try:
@@ -289,7 +297,7 @@ async def test_a_random_walk(tmp_path: Path, seed: int) -> None:
                     tmp_path,
                     lake,
                     writable=True,
-                    upload=CONFIG,
+                    upload=config(seed),
                     shared=shared,
                     first=mover == 0,
                     lake_threads=40,
@@ -302,7 +310,7 @@ async def test_a_random_walk(tmp_path: Path, seed: int) -> None:
                     if mover == 2:
                         assert cache.uploader is not None
                         await cache.uploader.drain()
-                        check_lake(lake, cache, model)
+                        check_lake(cache, model)
                         await walk.files.changes.forget_replaced(math.inf)
                         assert not cache.table.rows, cache.table.rows
                 await requests_carried_out(cache)
@@ -315,7 +323,7 @@ async def test_a_random_walk(tmp_path: Path, seed: int) -> None:
         raise
 
 
-def check_lake(lake: WatchedLake, cache: object, model: Model) -> None:
+def check_lake(cache: object, model: Model) -> None:
     files, needed, allowed = model.objects()
     found = objects(cache)  # type: ignore[arg-type]
     assert {key: body for key, body in found.items() if not key.endswith("/")} == files

@@ -5,27 +5,31 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from cache.committer import Committer
+from cache.config import LakeConfig
 from cache.counters import Counters, Features, WriteBudget
 from cache.dispatching import UploadConfig
 from cache.engine import Engine
+from cache.errors import LakeError
 from cache.fetcher import Fetcher
 from cache.index import Index
 from cache.journaling import JournalKeeper
 from cache.lake.base import ListPage
+from cache.lake.directory import DirectoryLake
 from cache.lake.fake import FakeLake
 from cache.lake_io import LakeIO
 from cache.lister import Lister
 from cache.listing import Changed
-from cache.model import MIB, ROOT_INODE, Inode, ObjectVersion
+from cache.model import MIB, ROOT_INODE, Inode, ObjectInfo, ObjectVersion
 from cache.mover import open_index
 from cache.opens import OpenTable
 from cache.pending import PendingTable
@@ -47,6 +51,26 @@ QUICK_RETRY = RetryPolicy(budget_s=20.0, first_s=0.001, longest_s=0.002, slow_do
 NO_RETRY = RetryPolicy(budget_s=0.0)
 
 
+class _Arrivals:
+    """Counts requests as they come in, for tests that wait for them."""
+
+    def __init__(self) -> None:
+        self._arrived: Counter[str] = Counter()
+        self._arrival = threading.Condition()
+
+    def note(self, verb: str) -> None:
+        with self._arrival:
+            self._arrived[verb] += 1
+            self._arrival.notify_all()
+
+    async def met(self, verb: str, times: int) -> None:
+        def wait() -> bool:
+            with self._arrival:
+                return self._arrival.wait_for(lambda: self._arrived[verb] >= times, _WAIT_S)
+
+        assert await trio.to_thread.run_sync(wait), f"never {times} requests of {verb}"
+
+
 class WatchedLake(FakeLake):
     """A fake lake whose requests can be waited for, and whose pages can be made short."""
 
@@ -54,8 +78,7 @@ class WatchedLake(FakeLake):
         super().__init__()
         self.page_keys = page_keys
         self.listed: list[str] = []  # The prefixes of all list requests, in order.
-        self._arrived: Counter[str] = Counter()
-        self._arrival = threading.Condition()
+        self._arrivals = _Arrivals()
 
     def list_page(
         self,
@@ -73,24 +96,67 @@ class WatchedLake(FakeLake):
         )
 
     def _meet(self, verb: str, key: str) -> bool:
-        with self._arrival:
-            self._arrived[verb] += 1
-            self._arrival.notify_all()
+        self._arrivals.note(verb)
         return super()._meet(verb, key)
 
     async def met(self, verb: str, times: int = 1) -> None:
         """Return once so many requests of *verb* have come in, held at their gate or not."""
-
-        def wait() -> bool:
-            with self._arrival:
-                return self._arrival.wait_for(lambda: self._arrived[verb] >= times, _WAIT_S)
-
-        assert await trio.to_thread.run_sync(wait), f"never {times} requests of {verb}"
+        await self._arrivals.met(verb, times)
 
     def hold(self, verb: str) -> threading.Event:
         """Hold the requests of *verb* from now on; set the event to let them go."""
         gate = self.gates[verb] = threading.Event()
         return gate
+
+
+class WatchedDirectory(DirectoryLake):
+    """A directory lake whose changes can be held: see `FakeLake.gates`."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        super().__init__(LakeConfig(str(path)))
+        self.path = path
+        self.gates: dict[str, threading.Event] = {}
+        self._arrivals = _Arrivals()
+
+    async def met(self, verb: str, times: int = 1) -> None:
+        """As `WatchedLake.met`."""
+        await self._arrivals.met(verb, times)
+
+    def hold(self, verb: str) -> threading.Event:
+        """As `WatchedLake.hold`."""
+        gate = self.gates[verb] = threading.Event()
+        return gate
+
+    def put(self, *args: Any, **options: Any) -> ObjectInfo:
+        self._meet("put")
+        return super().put(*args, **options)
+
+    def copy(self, *args: Any, **options: Any) -> ObjectInfo:
+        self._meet("copy")
+        return super().copy(*args, **options)
+
+    def delete_many(self, keys: Iterable[str]) -> dict[str, LakeError]:
+        self._meet("delete")
+        return super().delete_many(keys)
+
+    def _meet(self, verb: str) -> None:
+        self._arrivals.note(verb)
+        if (gate := self.gates.get(verb)) is not None:
+            assert gate.wait(_WAIT_S)
+
+    def fill(self, objects: Mapping[str, bytes]) -> None:
+        for key, body in objects.items():
+            super().put(key, body)
+
+    def objects(self) -> dict[str, bytes]:
+        """Return all keys with their bodies; those of directories end in "/"."""
+        found: dict[str, bytes] = {}
+        for path in self.path.rglob("*"):
+            key = str(path.relative_to(self.path))
+            if not key.startswith(".sluice-lake"):
+                found |= {f"{key}/": b""} if path.is_dir() else {key: path.read_bytes()}
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
