@@ -219,6 +219,32 @@ def test_the_plot_is_a_page_with_a_line_for_each_policy(
         assert len(drawing.findall("polyline")) == len(NAMES)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["simulate", "{trace}", "--plot={out}"], "--plot"),
+        (["simulate", "{out}", "--generate=shuffled"], "TRACE"),
+        (["trace", "/", "{out}"], "FILE"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("out", "said"), [("{path}", "is a directory"), ("{path}/none/out", "its directory does not exist")]
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    trace_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    name: str,
+    out: str,
+    said: str,
+) -> None:
+    target = out.format(path=tmp_path)
+    assert cli.main([text.format(trace=trace_path, out=target) for text in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"sluice: {name} {target}: {said}; ")
+
+
 def test_a_cut_off_trace_is_told_and_used(trace_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace_path.write_bytes(trace_path.read_bytes()[:-3000])
     assert cli.main(["simulate", str(trace_path), "--policy=lru"]) == 0

@@ -74,7 +74,7 @@ def test_wrong_usage_gets_one_line_and_status_2(
     [
         (UsageError("--x 1: bad; mend it"), 2, "sluice: --x 1: bad; mend it\n"),
         (SluiceError("failed\nin two lines"), 1, "sluice: failed in two lines\n"),
-        (PermissionError(13, "Permission denied", "/a"), 1, "sluice: [Errno 13] Permission denied: '/a'\n"),
+        (PermissionError(13, "Permission denied", "/a"), 1, "sluice: /a: Permission denied\n"),
         (KeyboardInterrupt(), 130, ""),
         (ZeroDivisionError("x"), 1, "sluice: internal error, please report it: ZeroDivisionError: x\n"),
     ],

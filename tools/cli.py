@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:
-        return _complain(error, 1)
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
     except SystemExit as end:  # argparse after --help.
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:

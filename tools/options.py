@@ -55,6 +55,17 @@ class Given:
     mention: str
 
 
+def check_output(name: str, path: Path) -> None:
+    """Raise UsageError unless a file can be written there: before the work whose result it is to hold."""
+    if path.is_dir():
+        raise UsageError(f"{name} {path}: is a directory; give a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{name} {path}: its directory does not exist; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"{name} {path}: may not be written by this user; name another file")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UsageErrors of one line with the closest option."""
 

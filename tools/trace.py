@@ -11,7 +11,7 @@ from typing import Any
 
 from cache import control
 from cache.errors import UsageError
-from tools.options import Parser
+from tools.options import Parser, check_output
 from tools.simulate.trace import TraceWriter
 from tools.status import find_mount
 
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not 0 < arguments.seconds <= _SECONDS_MAX:
         raise UsageError(f"--seconds {arguments.seconds:g}: must be from 0 to {_SECONDS_MAX:.0f}, and not 0")
+    check_output("FILE", Path(arguments.file))
     mountpoint, _ = find_mount(arguments.directory)
     uses, dropped = _record(mountpoint, arguments.file, arguments.seconds)
     if dropped:

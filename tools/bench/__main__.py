@@ -46,7 +46,7 @@ from tools.bench.peers.install import default_directory, install
 from tools.bench.peers.recipes import PEERS
 from tools.bench.settings import Settings
 from tools.mounted import MountFailed
-from tools.options import Parser, closest
+from tools.options import Parser, check_output, closest
 from tools.servers import ServerError
 
 MODULES: dict[str, ModuleType] = {
@@ -165,7 +165,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.workdir is not None and not arguments.workdir.is_dir():
         raise UsageError(f"--workdir {arguments.workdir}: must be a directory that exists")
     for option in ("json", "html"):
-        _check_file(option, getattr(arguments, option))
+        if (path := getattr(arguments, option)) is not None:
+            check_output(f"--{option}", path)
 
 
 def _number(option: str, text: str, least: float, most: float, *, whole: bool) -> float:
@@ -189,15 +190,6 @@ def _peers(text: str | None) -> tuple[str, ...]:
                 f"--peers {name}: no such peer{closest(name, list(PEERS))}; one of {', '.join(PEERS)}"
             )
     return names
-
-
-def _check_file(option: str, path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"--{option} {path}: is a directory; give a file")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--{option} {path}: its directory does not exist; make it first")
 
 
 def _end_in_order() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from cache.config import parse_size
 from cache.errors import UsageError
 from tools.option_kinds import format_size
-from tools.options import Parser
+from tools.options import Parser, check_output
 from tools.simulate.caches import NAMES
 from tools.simulate.replay import Lake, Outcome, replay_all
 from tools.simulate.synthetic import KINDS
@@ -25,7 +25,10 @@ _FILES, _PASSES, _SIZE_BYTES = 2000, 5, 110_000  # Of a generated trace.
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
+    if arguments.plot is not None:
+        check_output("--plot", Path(arguments.plot))
     if arguments.generate is not None:
+        check_output("TRACE", Path(arguments.trace))
         _generate(arguments.generate, arguments.trace)
         return 0
     if not 0 <= arguments.latency < 3600:
