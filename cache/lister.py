@@ -249,6 +249,8 @@ class Lister:
         name = os.fsencode(prefix[:-1].rpartition("/")[2])
         if self._index.child(parent, name) is not None or not overlay.may_hide_all_below(name):
             return False
+        if self._lake.lake.has_directories and not overlay.hides(os.fsencode(prefix)):
+            return False  # It is there by itself: see `leaves_alone` for what has changed since.
         token: str | None = None
         for _ in range(_GHOST_PAGES_MAX):
             with self._pending.watch(os.fsencode(prefix)) as watch:

@@ -12,7 +12,7 @@ from cache.index import remove_index
 from cache.store import boot_id
 from tests.changing import Files, objects
 from tests.test_49_changes_model import Model, Walk, check_lake, config, start
-from tests.wiring import Shared, WatchedLake, open_cache, requests_carried_out
+from tests.wiring import LAKES, Shared, open_cache, requests_carried_out
 
 SEEDS = int(os.environ.get("SLUICE_MODEL_SEEDS", "8"))
 FIRST_SEED = int(os.environ.get("SLUICE_MODEL_FIRST_SEED", "0"))
@@ -22,10 +22,13 @@ _LIMIT_S = 60.0
 
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["held back", "sent in between"])
+@pytest.mark.parametrize("kind", LAKES)
 @pytest.mark.parametrize("seed", sorted({24, *range(FIRST_SEED, FIRST_SEED + SEEDS)}))
-async def test_a_lost_index_is_made_anew_from_the_journal(tmp_path: Path, seed: int, is_sent: bool) -> None:
+async def test_a_lost_index_is_made_anew_from_the_journal(
+    tmp_path: Path, kind: str, seed: int, is_sent: bool
+) -> None:
     """*is_sent*: the uploader is stopped anywhere in its work, else it has not begun."""
-    lake, model, steps = WatchedLake(), Model(start()), list[str]()
+    lake, model, steps = LAKES[kind](tmp_path / "lake"), Model(start()), list[str]()
     lake.fill({path: body for path, body in start().items() if body is not None})
     (tmp_path / "boot").write_text(boot_id())  # The machine goes on: all bytes written are there.
     try:

@@ -67,9 +67,7 @@ class LateLake(WatchedLake):
 
     def list_page(self, prefix: str, **options: object) -> object:  # type: ignore[override]
         page = super().list_page(prefix, **options)  # type: ignore[arg-type]
-        with self._arrival:
-            self._arrived["listed"] += 1
-            self._arrival.notify_all()
+        self.arrivals.note("listed")
         if (gate := self.gates.get("listed")) is not None:
             assert gate.wait(60)
         return page
@@ -78,7 +76,7 @@ class LateLake(WatchedLake):
 async def late_listing(mount: Mount, lake: LateLake, inode: Inode, change: Callable[[], object]) -> list[str]:
     """List while *change* happens after the lake was asked and before its answer comes."""
     expire(mount.cache, inode)
-    asked = lake._arrived["listed"]
+    asked = lake.arrivals.counts["listed"]
     gate = lake.hold("listed")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(mount.cache.lister.list_directory, inode)
@@ -90,7 +88,7 @@ async def late_listing(mount: Mount, lake: LateLake, inode: Inode, change: Calla
 
 
 async def late_lookup(mount: Mount, lake: LateLake, name: bytes, change: Callable[[], object]) -> bool:
-    asked = lake._arrived["listed"]
+    asked = lake.arrivals.counts["listed"]
     gate = lake.hold("listed")
     found: list[bool] = []
 

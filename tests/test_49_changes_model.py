@@ -22,7 +22,7 @@ from cache.policy.writeback import Backoff
 from cache.records import DirectoryState
 from cache.tree import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.changing import Files, objects
-from tests.wiring import Shared, WatchedDirectory, WatchedLake, open_cache, requests_carried_out
+from tests.wiring import LAKES, Shared, WatchedDirectory, WatchedLake, open_cache, requests_carried_out
 
 SEEDS = int(os.environ.get("SLUICE_MODEL_SEEDS", "12"))
 FIRST_SEED = int(os.environ.get("SLUICE_MODEL_FIRST_SEED", "0"))
@@ -280,14 +280,10 @@ def config(seed: int) -> UploadConfig:
     return UploadConfig(delay_s=delay_s, open_delay_s=0.0, threads=4, cache_id="test", backoff=Backoff())
 
 
-@pytest.fixture(params=["bucket", "directory"])
-def lake(request: pytest.FixtureRequest, tmp_path: Path) -> WatchedLake | WatchedDirectory:
-    return WatchedLake() if request.param == "bucket" else WatchedDirectory(tmp_path / "lake")
-
-
+@pytest.mark.parametrize("kind", LAKES)
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + SEEDS))
-async def test_a_random_walk(tmp_path: Path, lake: WatchedLake | WatchedDirectory, seed: int) -> None:
-    model, steps = Model(start()), list[str]()
+async def test_a_random_walk(tmp_path: Path, kind: str, seed: int) -> None:
+    lake, model, steps = LAKES[kind](tmp_path / "lake"), Model(start()), list[str]()
     lake.fill({path: body for path, body in start().items() if body is not None})
     shared = Shared.make()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -51,22 +51,22 @@ QUICK_RETRY = RetryPolicy(budget_s=20.0, first_s=0.001, longest_s=0.002, slow_do
 NO_RETRY = RetryPolicy(budget_s=0.0)
 
 
-class _Arrivals:
+class Arrivals:
     """Counts requests as they come in, for tests that wait for them."""
 
     def __init__(self) -> None:
-        self._arrived: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self._arrival = threading.Condition()
 
     def note(self, verb: str) -> None:
         with self._arrival:
-            self._arrived[verb] += 1
+            self.counts[verb] += 1
             self._arrival.notify_all()
 
     async def met(self, verb: str, times: int) -> None:
         def wait() -> bool:
             with self._arrival:
-                return self._arrival.wait_for(lambda: self._arrived[verb] >= times, _WAIT_S)
+                return self._arrival.wait_for(lambda: self.counts[verb] >= times, _WAIT_S)
 
         assert await trio.to_thread.run_sync(wait), f"never {times} requests of {verb}"
 
@@ -78,7 +78,7 @@ class WatchedLake(FakeLake):
         super().__init__()
         self.page_keys = page_keys
         self.listed: list[str] = []  # The prefixes of all list requests, in order.
-        self._arrivals = _Arrivals()
+        self.arrivals = Arrivals()
 
     def list_page(
         self,
@@ -96,12 +96,12 @@ class WatchedLake(FakeLake):
         )
 
     def _meet(self, verb: str, key: str) -> bool:
-        self._arrivals.note(verb)
+        self.arrivals.note(verb)
         return super()._meet(verb, key)
 
     async def met(self, verb: str, times: int = 1) -> None:
         """Return once so many requests of *verb* have come in, held at their gate or not."""
-        await self._arrivals.met(verb, times)
+        await self.arrivals.met(verb, times)
 
     def hold(self, verb: str) -> threading.Event:
         """Hold the requests of *verb* from now on; set the event to let them go."""
@@ -117,11 +117,11 @@ class WatchedDirectory(DirectoryLake):
         super().__init__(LakeConfig(str(path)))
         self.path = path
         self.gates: dict[str, threading.Event] = {}
-        self._arrivals = _Arrivals()
+        self.arrivals = Arrivals()
 
     async def met(self, verb: str, times: int = 1) -> None:
         """As `WatchedLake.met`."""
-        await self._arrivals.met(verb, times)
+        await self.arrivals.met(verb, times)
 
     def hold(self, verb: str) -> threading.Event:
         """As `WatchedLake.hold`."""
@@ -141,7 +141,7 @@ class WatchedDirectory(DirectoryLake):
         return super().delete_many(keys)
 
     def _meet(self, verb: str) -> None:
-        self._arrivals.note(verb)
+        self.arrivals.note(verb)
         if (gate := self.gates.get(verb)) is not None:
             assert gate.wait(_WAIT_S)
 
@@ -157,6 +157,13 @@ class WatchedDirectory(DirectoryLake):
             if not key.startswith(".sluice-lake"):
                 found |= {f"{key}/": b""} if path.is_dir() else {key: path.read_bytes()}
         return dict(sorted(found.items()))
+
+
+# Lakes of both kinds, by what they are: in a directory lake directories are there by themselves.
+LAKES: dict[str, Callable[[Path], WatchedLake | WatchedDirectory]] = {
+    "bucket": lambda _: WatchedLake(),
+    "directory": WatchedDirectory,
+}
 
 
 @dataclass(frozen=True)
