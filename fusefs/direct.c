@@ -83,12 +83,12 @@ int direct_answer(int device, const void *request, size_t length)
 	PyObject *result;
 	int is_answered = 1;
 
-	if (!answer || length < sizeof(*in) || length > LENGTH_MAX)
-		return 0;
-	if (!is_direct(in->opcode) || (in->unique & UNIQUE_RESEND))
+	if (!answer || length < sizeof(*in) || !is_direct(in->opcode) || (in->unique & UNIQUE_RESEND))
 		return 0;
 	if (written_answer(device, in, length))
 		return 1;
+	if (length > LENGTH_MAX)
+		return 0;
 	device_fd = device;
 	reads_on(device);
 	result = PyObject_CallFunction(answer, "IKKIIy#", in->opcode, (unsigned long long)in->unique,

@@ -22,12 +22,20 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define FILES_MAX 256 /* By the lowest bits of the inode: inodes are given out in order. */
 #define WRITING_BIT (UINT64_C(1) << 59) /* Of a file handle, as in filesystem.py. */
-#define WRITE_BYTES_MAX ((64 << 10) - 1) /* As in writing.py. */
+#define WRITE_BYTES_MAX (1 << 20) /* What the kernel sends at most. */
+/* More than so many bytes, as in writing.py, are written here only while memory takes them, 0.2 ms for a MiB: when the
+ * kernel has writers wait for the disk, other requests would wait for this thread. After a write that waited, and
+ * took longer than SLOW_NS, Python's threads do those of the next SLOW_FOR_NS. */
+#define SMALL_BYTES_MAX ((64 << 10) - 1)
+#define SLOW_NS 5000000L
+#define SLOW_FOR_NS INT64_C(10000000000)
 #define OBJECT_BYTES_MAX (INT64_C(5) << 40) /* As in model.py. */
 #define BLOCK_BYTES (1 << 17) /* As in replies.py. */
 #define OWN_MODE 0600 /* Of a staging file that says nothing of the mode, as in staging.py. */
@@ -48,6 +56,7 @@ struct file {
 };
 
 static struct file files[FILES_MAX];
+static int64_t slow_until_ns; /* For the main thread. */
 
 /* Memory that is shared with other processes, but for *is_held*. */
 static struct {
@@ -294,24 +303,60 @@ static int write_all(int fd, const char *bytes, size_t length, off_t offset)
 {
 	ssize_t count = 0;
 
-	Py_BEGIN_ALLOW_THREADS
 	while (length && (count = pwrite(fd, bytes, length, offset)) > 0)
 		bytes += count, length -= (size_t)count, offset += count;
-	Py_END_ALLOW_THREADS
 	return length == 0;
+}
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return as_ns(now);
+}
+
+/* How often this thread gave up the processor to wait for something. */
+static long waits(void)
+{
+	struct rusage usage = {0};
+
+	getrusage(RUSAGE_THREAD, &usage);
+	return usage.ru_nvcsw;
+}
+
+/* As `write_all`, of more than a few bytes; return 0 also where the disk was waited for just now. */
+static int write_large(int fd, const char *bytes, size_t length, off_t offset)
+{
+	int64_t began_ns = now_ns();
+	long waits_before = waits();
+	int is_done;
+
+	if (began_ns < slow_until_ns)
+		return 0;
+	is_done = write_all(fd, bytes, length, offset);
+	if (waits() != waits_before && now_ns() - began_ns > SLOW_NS)
+		slow_until_ns = now_ns() + SLOW_FOR_NS;
+	return is_done;
 }
 
 static int write_bytes(int device, const struct fuse_in_header *in, const struct file *file, const char *body,
 		       size_t length)
 {
+	int (*write)(int, const char *, size_t, off_t);
 	struct fuse_write_out out = {0};
 	struct fuse_write_in arg;
+	int is_done;
 
 	memcpy(&arg, body, sizeof(arg));
 	if (arg.fh != (in->nodeid | WRITING_BIT) || arg.size > length - sizeof(arg) || arg.size > WRITE_BYTES_MAX ||
 	    arg.offset > OBJECT_BYTES_MAX - WRITE_BYTES_MAX || !has_room())
 		return 0;
-	if (!write_all(file->fd, body + sizeof(arg), arg.size, (off_t)arg.offset))
+	write = arg.size > SMALL_BYTES_MAX ? write_large : write_all;
+	Py_BEGIN_ALLOW_THREADS
+	is_done = write(file->fd, body + sizeof(arg), arg.size, (off_t)arg.offset);
+	Py_END_ALLOW_THREADS
+	if (!is_done)
 		return 0; /* Python says what is wrong. */
 	counters[own_row + written_place] += arg.size;
 	out.size = arg.size;
@@ -368,7 +413,7 @@ static void forget_all(void)
 {
 	if (!is_set_up)
 		return;
-	is_set_up = 0;
+	is_set_up = 0, slow_until_ns = 0;
 	for (struct file *file = files; file < files + FILES_MAX; file++)
 		drop(file);
 	PyBuffer_Release(&views.opens), PyBuffer_Release(&views.is_held), PyBuffer_Release(&views.generations);

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,20 @@ def small_disk(home: Path, size_bytes: int) -> Iterator[Path]:
     finally:
         subprocess.run(["umount", "-l", mountpoint], check=True)
         image.unlink()
+
+
+@contextmanager
+def frozen(mountpoint: Path, for_s: float) -> Iterator[None]:
+    """Have whoever writes there wait until *for_s* have passed (linux/fs.h: FIFREEZE, FITHAW)."""
+    directory = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.ioctl(directory, 0xC0045877, 0)
+    thaw = threading.Timer(for_s, fcntl.ioctl, (directory, 0xC0045878, 0))
+    thaw.start()
+    try:
+        yield
+    finally:
+        thaw.join()
+        os.close(directory)
 
 
 def make_read_only(mountpoint: Path) -> None:

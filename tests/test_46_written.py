@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 import struct
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from fusefs.direct import GETATTR, RELEASE, SETATTR, WRITE  # noqa: E402
 from fusefs.filesystem import WRITING_BIT  # noqa: E402
 from fusefs.replies import pack_attributes, pack_entry, plain_attributes_of  # noqa: E402
 from fusefs.written import WrittenFiles  # noqa: E402
+from tests.disks import frozen, small_disk  # noqa: E402
 from tests.test_46_direct import set_attributes  # noqa: E402
 from tests.test_46_writing import Setting  # noqa: E402
 from tests.test_46_writing import setting as setting  # noqa: E402
@@ -210,13 +212,43 @@ async def test_a_node_that_changes_while_it_is_noted_is_not_believed(setting: Se
 
 async def test_bytes_that_have_to_wait_or_are_no_writers_are_pythons(file: Written) -> None:
     assert file.write(0, b"x", handle=file.inode) is None  # Of who reads.
-    assert file.write(0, b"x" * (64 << 10)) is None
+    assert file.write(0, b"x" * ((1 << 20) + 1)) is None
     assert file.write(5 << 40, b"x") is None
     cut = struct.pack("=QQIIQII", file.handle, 0, 100, 0, 0, 0, 0) + b"x"
     assert file.ask(WRITE, cut) is None and file.ask(WRITE, cut[:20]) is None
     file.setting.budget.allowed_until = 0
     assert file.write(0, b"x") is None
     assert file.status().st_size == 0
+
+
+async def test_as_much_as_the_kernel_sends_is_written(file: Written) -> None:
+    body = os.urandom(1 << 20)
+    for number in range(4):
+        assert file.write(number << 20, body) == struct.pack("=II", 1 << 20, 0)
+    assert file.setting.bytes_of(file.inode) == body * 4
+    assert file.setting.counters.totals()["bytes_written"] == 4 << 20
+
+
+async def test_where_writers_wait_for_the_disk_python_has_threads_do_it(
+    setting: Setting, tmp_path: Path
+) -> None:
+    _, inode = await setting.create()
+    setting.opens.closed(inode, writing=True)
+    node = setting.index.node(inode)
+    assert node is not None
+    body, staged = os.urandom(1 << 20), setting.staging.path(node.staged)
+    with small_disk(tmp_path, 64 << 20) as disk:
+        os.unlink(staged)
+        (disk / "staged").touch()
+        os.symlink(disk / "staged", staged)
+        file = Written(setting, inode)
+        assert file.write(0, body) is not None
+        with frozen(disk, for_s=0.05):
+            assert file.write(1 << 20, body) is not None
+        assert file.write(2 << 20, body) is None
+        assert file.write(2 << 20, b"few") is not None
+        assert (disk / "staged").read_bytes() == body * 2 + b"few"
+        assert file.release() is not None
 
 
 async def test_a_close_among_others_is_pythons(file: Written) -> None:
