@@ -345,6 +345,8 @@ class Writing:
                 written = pwrite_all(fd, body, offset)
             else:
                 written = await trio.to_thread.run_sync(pwrite_all, fd, body, offset)
+                if self.written is not None:
+                    self.written.written_to(inode_of(handle))
         self._gate.wrote(written)
         return written
 

@@ -1,4 +1,5 @@
-/* Files that this process has made and that are open for writing since: most of what follows, without Python.
+/* Files that this process has made and that are open for writing since: most of what follows, without Python. Of
+ * files that others made, or that are written anew, the WRITEs, once Python has seen the first.
  *
  * Who unpacks an archive sends, after CREATE, one WRITE, three SETATTR with a GETATTR in between, and RELEASE
  * for each file. Each of these takes Python 40 to 80 us, most of it for finding out again what CREATE knew:
@@ -50,6 +51,7 @@ enum { PLACE, VALUE, KEY, REQUEST, EXCESS };
 struct file {
 	uint64_t inode; /* 0: none. */
 	int fd;
+	int is_others; /* Made by another worker, or before: only its WRITEs are answered. */
 	uint32_t mode, uid, gid; /* Of the node. */
 	int64_t ctime_ns;
 	uint64_t generation, epoch;
@@ -383,6 +385,8 @@ static int release(int device, const struct fuse_in_header *in, struct file *fil
 
 static int answer(int device, const struct fuse_in_header *in, struct file *file, const char *body, size_t length)
 {
+	if (file->is_others && in->opcode != FUSE_WRITE)
+		return 0;
 	switch (in->opcode) {
 	case FUSE_GETATTR:
 		return reply_attributes(device, in->unique, file);
@@ -485,6 +489,25 @@ static PyObject *made(PyObject *self, PyObject *args)
 	return entry_reply(&file, valid_s);
 }
 
+static PyObject *written_to(PyObject *self, PyObject *args)
+{
+	struct file file = {.is_others = 1};
+	unsigned long long inode, generation, epoch;
+	PyObject *path;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "KO&(KK)", &inode, PyUnicode_FSConverter, &path, &generation, &epoch))
+		return NULL;
+	file.inode = inode, file.generation = generation, file.epoch = epoch;
+	file.fd = is_set_up && !file_of(inode) ? open(PyBytes_AS_STRING(path), O_RDWR | O_CLOEXEC) : -1;
+	Py_DECREF(path);
+	if (file.fd < 0)
+		Py_RETURN_NONE;
+	drop(&files[inode % FILES_MAX]);
+	files[inode % FILES_MAX] = file;
+	Py_RETURN_NONE;
+}
+
 /* What another worker closed, or the mover has changed, is kept open by nobody else. */
 static PyObject *drop_closed(PyObject *self, PyObject *unused)
 {
@@ -517,6 +540,8 @@ static PyMethodDef methods[] = {
 	 "made(inode, request, path, mode, uid, gid, ctime_ns, generation, answered_cached, valid_s) -> bytes | None:\n\n"
 	 "Count the first open of a file that was just made, and answer for it from now on. Return what its CREATE\n"
 	 "is answered with; None, with nothing counted, where that is for Python."},
+	{"written_to", written_to, METH_VARARGS,
+	 "written_to(inode, path, generation): answer WRITEs of a file that somebody has open for writing from now on."},
 	{"answer_written", answer_written, METH_VARARGS,
 	 "answer_written(device, request) -> bool: answer it as if it had come from the kernel. For tests."},
 	{"drop_closed", drop_closed, METH_NOARGS, "Close the descriptors of files that are not written to any more."},

@@ -1,7 +1,8 @@
 """Files that this worker makes and that are written to: the channel answers for them until they are closed.
 
-See written.c: it knows of each the staging file and what the node says of owner and mode, and believes
-that for as long as the node's generation stays what it was.
+Of files that it did not make, or that are opened again, it answers the WRITEs. See written.c: it knows of
+each the staging file and what the node says of owner and mode, and believes that for as long as the node's
+generation stays what it was.
 """
 
 from __future__ import annotations
@@ -79,6 +80,13 @@ class WrittenFiles:
             entry.valid_s,
         )
         return reply
+
+    def written_to(self, inode: Inode) -> None:
+        """Have the channel answer further WRITEs of a file that has a staging file and a writer."""
+        generation = self._generations.of(inode)  # Before the node is read.
+        node = self._namespace.node(inode)
+        if node is not None and node.staged:
+            self._extension.written_to(inode, self._staging.path(node.staged), generation)
 
     def drop_closed(self) -> None:
         """Give the space of files free that another worker has closed. To be called every so often."""

@@ -251,6 +251,31 @@ async def test_where_writers_wait_for_the_disk_python_has_threads_do_it(
         assert file.release() is not None
 
 
+async def test_of_files_that_were_opened_elsewhere_the_writes_are_answered(setting: Setting) -> None:
+    handle, inode = await setting.create()
+    file, body = Written(setting, inode), os.urandom(1 << 20)  # Counted by Python: it is not noted.
+    assert file.reply is None and file.write(0, body) is None
+    setting.writing.written = file.files
+    assert await setting.writing.write(handle, 0, body) == len(body)
+    assert file.write(1 << 20, body) is not None and file.write(2 << 20, b"few") is not None
+    assert setting.bytes_of(inode) == body * 2 + b"few"
+    assert setting.counters.totals()["bytes_written"] == (2 << 20) + 3
+    assert file.ask(GETATTR, bytes(16)) is None and file.release() is None
+    file.change(mtime_ns=1)
+    assert file.write(0, b"x") is None
+    assert await setting.writing.write(handle, 0, body) == len(body)
+    assert file.write(0, b"x") is not None
+    setting.opens.closed(inode, writing=True)
+    file.files.drop_closed()
+    assert file.write(0, b"x") is None
+
+
+async def test_a_file_that_was_made_here_stays_one_when_python_writes_to_it(file: Written) -> None:
+    file.setting.writing.written = file.files
+    await file.setting.writing.write(file.handle, 0, bytes(1 << 20))
+    assert file.ask(GETATTR, bytes(16)) is not None and file.release() == b""
+
+
 async def test_a_close_among_others_is_pythons(file: Written) -> None:
     opens = file.setting.opens
     opens.opened(file.inode)
