@@ -16,6 +16,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,8 @@ def test_a_database_takes_rows_from_two_processes(work: Path, mode: str) -> None
     assert rows == [(who, number) for who in "ab" for number in range(25)]
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     database.close()
-    assert sqlite3.connect(path).execute("SELECT count(*) FROM t").fetchone() == (50,)
+    with closing(sqlite3.connect(path)) as again:
+        assert again.execute("SELECT count(*) FROM t").fetchone() == (50,)
 
 
 _TRY_LOCK = """
