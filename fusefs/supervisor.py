@@ -283,6 +283,7 @@ def _watch(mount: Mount, announce: Callable[[], None]) -> None:
         ended = _reap(mount)
         if asking in ended:
             _check_answer(mount, ended[asking])
+            asking = 0  # A worker may come to have its number.
             announce()
         for child in mount.children:
             if child.due_s is not None and child.due_s <= time.monotonic() and not mount.unmounted:
