@@ -27,11 +27,11 @@ class Uses:
         free = [ItemId(item) for item in items if item not in self._held]
         for tier in self._tiers:
             tier.policy.touched_all(free)
-        vids = {item[:16] for item in items}
-        self.ledger.used_all(vids)
-        self._usage.update((vid, Usage()) for vid in vids - self._usage.keys())
+        self.ledger.used_all({item[:16] for item in items})
         for item in items:
-            usage = self._usage[item[:16]]
+            usage = self._usage.get(item[:16])
+            if usage is None:
+                usage = self._usage[item[:16]] = Usage()
             usage.hits += len(item) == 16
             usage.last_used_s = now_s
 
