@@ -45,9 +45,9 @@ _SPARE_FLIGHTS_MAX = 4  # Of at most 8 MiB each: on top of the read-ahead's, in 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What `sluice warm` and `pin` fetch: it may push out what demand may. *on_disk*: not to memory."""
+    """What `sluice warm` and `pin` fetch: it may push out what demand may. *tier*: "dram", "nvme" or ""."""
 
-    on_disk: bool = False
+    tier: str = ""
 
 
 class Started(Enum):
@@ -393,7 +393,7 @@ class Fetcher:
         length = min(blocks.stop * BLOCK_BYTES, version.size_bytes) - offset
         fill: Callable[[], Awaitable[None]]
         is_wanted = flight.wanted is not None
-        on_disk = flight.wanted is not None and flight.wanted.on_disk
+        wanted_tier = flight.wanted.tier if flight.wanted is not None else ""
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             fill = partial(
                 self._residency.fill_whole,
@@ -402,7 +402,7 @@ class Fetcher:
                 demand=demand,
                 next=flight.next,
                 wanted=is_wanted,
-                on_disk=on_disk,
+                wanted_tier=wanted_tier,
             )
         else:
             is_spare = flight.is_spare and not demand
@@ -414,7 +414,7 @@ class Fetcher:
                 demand=demand,
                 is_spare=is_spare,
                 due=flight.next.due,
-                on_disk=on_disk,
+                wanted_tier=wanted_tier,
             )
             self._records.fetched(version.id, length)
             self.amplification.fetched(version.id, length)

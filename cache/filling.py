@@ -96,19 +96,19 @@ class Filling:
         demand: bool,
         next: Next = SOME_TIME,
         wanted: bool = False,
-        on_disk: bool = False,
+        wanted_tier: str = "",
     ) -> None:
         """Get a small object and store it. Raises what *get* raises, CacheFull and CacheError.
 
         *next*: when it is expected to be used, if it is neither demanded nor wanted. *wanted*: somebody
-        asked for it to be here, though nobody waits; *on_disk*: and not in memory.
+        asked for it to be here, though nobody waits; *wanted_tier*: in "dram" or "nvme".
         """
         vid = version.id
         if await self._unverified.settled(vid):
             return
         with self._busy.used(vid):
             place = await self._room.find(
-                lambda: self._placing.place(version.size_bytes, on_disk=on_disk),
+                lambda: self._placing.place(version.size_bytes, wanted_tier),
                 lambda tier: tier.files.whole_bytes(version.size_bytes),
                 demand=demand or wanted,
                 due=next.due,
@@ -143,7 +143,7 @@ class Filling:
         get_pieces: Callable[[], Iterator[Body]],
         *,
         demand: bool,
-        on_disk: bool = False,
+        wanted_tier: str = "",
         is_spare: bool = False,
         due: int | None = None,
     ) -> None:
@@ -160,7 +160,7 @@ class Filling:
         with self._busy.used(vid):
             state = self._sparse.get(vid)
             if state is None:
-                place = self._placing.place(version.size_bytes, on_disk=on_disk)
+                place = self._placing.place(version.size_bytes, wanted_tier)
                 state = self._sparse.add(vid, Sparse(version, place))
             try:
                 with self._busy.filled(item):

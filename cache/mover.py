@@ -20,7 +20,7 @@ from cache.ahead import SetReadAhead
 from cache.committer import Committer
 from cache.config import MountConfig
 from cache.control_files import TEXT_BYTES_MAX, WRITABLE, ControlFiles
-from cache.counters import Counters
+from cache.counters import Counters, Features
 from cache.dispatching import UploadConfig
 from cache.engine import Engine
 from cache.errors import CacheError, LakeError, MountReadOnly, ObjectChanged, ObjectMissing, SluiceError
@@ -320,6 +320,11 @@ def _window_bytes_max(residency: Residency) -> int:
     return min(_AHEAD_WINDOW_BYTES_MAX, min(sizes) // _AHEAD_WINDOW_SHARE)
 
 
+def _passes_disks(config: MountConfig, features: Features) -> bool:
+    """Return whether large files are passed through from disks only, see `Writing.begin`."""
+    return not config.read_only and bool(features.get("passthrough", {}).get("on"))
+
+
 def open_index(directory: Path, *, may_rebuild: bool) -> Index:
     """Open the index; one that is corrupt is made anew, since all in it can be had again."""
     try:
@@ -360,7 +365,15 @@ async def run_mover(
             writer.clear_answers()  # The kernel's numbers start anew.
     changed_send, changed_receive = trio.open_memory_channel[Changed](1000)
     lake_io = LakeIO(lake, lake_engine, RetryPolicy(budget_s=config.retry_s))
-    residency = Residency(make_tiers(config, plans), index, committer, lake_engine, disk_engine, shared.opens)
+    residency = Residency(
+        make_tiers(config, plans),
+        index,
+        committer,
+        lake_engine,
+        disk_engine,
+        shared.opens,
+        partial(_passes_disks, config, shared.features),
+    )
     pins = Pins(config.index_directory, index)
     for tier in residency.tiers:
         tier.is_pinned = pins.is_pinned

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cache.errors import CacheFull
-from cache.model import GROUP_BYTES, MIB, ObjectVersion
+from cache.model import GROUP_BYTES, MIB, PASSTHROUGH_BYTES_MIN, ObjectVersion
 from cache.places import Tier
 from cache.sparse import SparseVersions
 
@@ -22,25 +24,46 @@ def step_bytes(tier: Tier) -> int:
 
 
 class Placing:
-    """Looks at the tiers and changes nothing."""
+    """Looks at the tiers and changes nothing.
 
-    def __init__(self, tiers: list[Tier], sparse: SparseVersions) -> None:
+    *passes_disks*: returns whether the kernel reads large files itself from disks, and not from memory.
+    """
+
+    def __init__(self, tiers: list[Tier], sparse: SparseVersions, passes_disks: Callable[[], bool]) -> None:
         assert tiers
         self._tiers = tiers
         self._sparse = sparse
+        self._passes_disks = passes_disks
 
     @property
     def size_bytes(self) -> int:
         """Return what all tiers together hold at most."""
         return sum(tier.budget.size_bytes for tier in self._tiers)
 
-    def place(self, size_bytes: int, *, on_disk: bool = False) -> int:
-        """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe."""
-        first = self._tiers[0]
-        fits = size_bytes <= first.budget.size_bytes // DRAM_SHARE_MAX
-        if first.files.is_memory and not on_disk and fits and not first.is_passed_over:
+    def place(self, size_bytes: int, wanted: str = "") -> int:
+        """Return the tier where new content of *size_bytes* goes: DRAM, else the emptiest NVMe.
+
+        *wanted*: "dram" or "nvme", where somebody asked for one.
+        """
+        if (
+            wanted != "nvme"
+            and self._takes_in_memory(size_bytes, wanted)
+            and not self._tiers[0].is_passed_over
+        ):
             return 0
         return self.emptiest_disk(size_bytes)
+
+    def _takes_in_memory(self, size_bytes: int, wanted: str) -> bool:
+        first = self._tiers[0]
+        if not first.files.is_memory or size_bytes > first.budget.size_bytes // DRAM_SHARE_MAX:
+            return False
+        return wanted == "dram" or not self.is_better_on_disk(size_bytes)
+
+    def is_better_on_disk(self, size_bytes: int) -> bool:
+        """Return whether the kernel reads content of *size_bytes* itself on a disk, but not in DRAM."""
+        if size_bytes < PASSTHROUGH_BYTES_MIN or not self._passes_disks():
+            return False
+        return any(tier.budget.size_bytes >= size_bytes for tier in self._tiers if not tier.files.is_memory)
 
     def emptiest_disk(self, size_bytes: int) -> int:
         """Return the NVMe tier with the largest share free, of those that *size_bytes* fit into."""

@@ -7,6 +7,8 @@ Space is charged before bytes are written and given back after they are unlinked
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cache.busy import Busy
 from cache.committer import Committer
 from cache.demotion import Demotion
@@ -40,6 +42,7 @@ class Residency:
         lake_engine: Engine,
         disk_engine: Engine,
         opens: OpenTable | None = None,
+        passes_disks: Callable[[], bool] = lambda: False,
     ) -> None:
         def is_open(vid: bytes) -> bool:
             return opens is not None and opens.is_passed_through(vid)
@@ -50,7 +53,7 @@ class Residency:
         self.sparse = SparseVersions(tiers, index, committer, self.busy)
         self.unverified = Unverified(tiers, index, committer, disk_engine, self.busy, is_open)
         self.uses = Uses(tiers, committer)
-        self.placing = Placing(tiers, self.sparse)
+        self.placing = Placing(tiers, self.sparse, passes_disks)
         on_disk = (tiers, index, committer, disk_engine, self.busy)
         self.leaving = Leaving(*on_disk, self.sparse, self.unverified, self.uses, is_open)
         disk_room = Room(tiers, self.placing, self.leaving.make_room)

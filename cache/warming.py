@@ -13,7 +13,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -70,6 +70,14 @@ def items_of(index: Index, vid: bytes, row: VersionRow) -> list[ItemId]:
     if row.whole:
         return [ItemId(vid)]
     return [ItemId(group_key(vid, number)) for number, _ in index.groups_of(vid)]
+
+
+class _Sizes(NamedTuple):
+    """Of a missing file: what it takes of a tier, what is to be fetched, and whether that goes to a disk."""
+
+    charged_bytes: int
+    fetch_bytes: int
+    is_for_disks: bool
 
 
 @dataclass
@@ -180,19 +188,17 @@ class Warmer:
         self.check_tier(tier)
         job = Job(tier, files=found.local, cached_files=found.local)
         cached: list[int] = [0] * len(self._residency.tiers)
-        sizes: list[tuple[int, int]] = []  # Of each missing file: charged, to be fetched.
+        sizes: list[_Sizes] = []  # Of each missing file.
         for number, inode in enumerate(found.inodes):
             if number % _STEPS == 0:
                 await trio.lowlevel.checkpoint()
             node = self._index.node(inode)
             if node is not None and node.vid and not node.staged:
                 self._plan_file(job, Inode(inode), node, cached, sizes)
-        self._fit(job, sizes, self._room_bytes(tier, cached))
+        self._fit(job, sizes, cached)
         return job
 
-    def _plan_file(
-        self, job: Job, inode: Inode, node: Node, cached: list[int], sizes: list[tuple[int, int]]
-    ) -> None:
+    def _plan_file(self, job: Job, inode: Inode, node: Node, cached: list[int], sizes: list[_Sizes]) -> None:
         job.files += 1
         job.total_bytes += node.size_bytes
         row = self._index.version(node.vid)
@@ -213,7 +219,8 @@ class Warmer:
             return
         job.missing.append(inode)
         charged = max(tier.files.whole_bytes(node.size_bytes) for tier in self._wanted_tiers(job.tier))
-        sizes.append((charged, node.size_bytes - present_bytes))
+        is_for_disks = job.tier != "dram" and self._residency.placing.is_better_on_disk(node.size_bytes)
+        sizes.append(_Sizes(charged, node.size_bytes - present_bytes, is_for_disks))
 
     def _present_bytes(self, vid: bytes, row: VersionRow) -> int:
         if row.whole:
@@ -239,16 +246,18 @@ class Warmer:
             room_bytes += max(0, each.room_bytes + each.budget.used_bytes - kept_bytes)
         return room_bytes
 
-    def _fit(self, job: Job, sizes: list[tuple[int, int]], room_bytes: int) -> None:
+    def _fit(self, job: Job, sizes: list[_Sizes], cached: list[int]) -> None:
         """Have *missing* begin with what fits, in the order given; what follows does not."""
         largest = max(each.budget.size_bytes for each in self._wanted_tiers(job.tier))
         if job.tier == "dram":
             largest //= DRAM_SHARE_MAX
-        room_bytes = self._fit_misplaced(job, room_bytes, largest)
+        room_bytes = self._fit_misplaced(job, self._room_bytes(job.tier, cached), largest)
+        disks_bytes = self._room_bytes("nvme", cached)  # All others may go there as well.
         fitting, unfit = array("Q"), array("Q")
-        for inode, (charged, fetch_bytes) in zip(job.missing, sizes, strict=True):
-            if charged <= min(room_bytes, largest):
+        for inode, (charged, fetch_bytes, is_for_disks) in zip(job.missing, sizes, strict=True):
+            if charged <= min(room_bytes, largest, disks_bytes if is_for_disks else room_bytes):
                 room_bytes -= charged
+                disks_bytes -= charged if is_for_disks else 0
                 job.fetch_bytes += fetch_bytes
                 fitting.append(inode)
             else:
@@ -323,7 +332,7 @@ class Warmer:
             return
         key = os.fsdecode(self._index.key_of(inode))
         version = ObjectVersion(key, node.etag, node.size_bytes, node.vid)
-        wanted = Wanted(on_disk=job.tier == "nvme")
+        wanted = Wanted(job.tier)
         if version.size_bytes <= SMALL_OBJECT_BYTES_MAX:
             await self._fetcher.fetch_wanted(version, range(block_count(version.size_bytes)), wanted)
             job.fetched_bytes += version.size_bytes

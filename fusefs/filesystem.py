@@ -26,6 +26,7 @@ from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
     GROUP_BYTES,
+    PASSTHROUGH_BYTES_MIN,
     SMALL_OBJECT_BYTES_MAX,
     Inode,
 )
@@ -34,7 +35,7 @@ from cache.staging import StagingFiles
 from cache.tier import TierFiles
 from fusefs.grants import Grants
 from fusefs.namespace import Namespace
-from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
+from fusefs.passthrough import Passthrough
 from fusefs.use_notes import UseNotes
 
 log = logging.getLogger(__name__)

@@ -21,24 +21,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from cache.config import MountConfig
-from cache.model import MIB
+from cache.model import MIB, PASSTHROUGH_BYTES_MIN
 from cache.opens import Held, OpenState, OpenTable
 from fusefs import channel, device
 
 log = logging.getLogger(__name__)
 
-# Opened, read and closed in page-cache state warm / cold, passthrough takes 1.28 / 0.79 of the time of
-# cached mode at 128 KiB, 1.42 / 0.66 at 1 MiB, 1.03 / 0.48 at 2 MiB and 0.79 / 0.46 at 8 MiB: the open
-# costs 40 us more, each READ that it saves some 150 us. (One reader, medians of 5 alternating rounds.)
-PASSTHROUGH_BYTES_MIN = 2 * MIB
 # Objects as large as this on average are shards: their opens are few for their bytes.
 SHARD_BYTES_MIN = 8 * MIB
 
 
 _WRITABLE = {
-    "auto": " where they lie in the first cache directory; what is written goes through Python, which"
-    " --dirty-max needs (--passthrough all)",
-    "all": " where they lie in the first cache directory; it writes what the lake has not yet got, too",
+    "auto": " in the first cache directory (they go to disks, not to memory); what is written goes through"
+    " Python, which --dirty-max needs (--passthrough all)",
+    "all": " in the first cache directory (they go to disks, not to memory); it writes what the lake has not"
+    " yet got, too",
 }
 
 

@@ -44,13 +44,13 @@ from cache.messages import (
     Stage,
     Sync,
 )
-from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, Inode
+from cache.model import KIB, MIB, NAME_BYTES_MAX, OBJECT_BYTES_MAX, PASSTHROUGH_BYTES_MIN, Inode
 from cache.opens import Mode, OpenTable
 from cache.records import Node
 from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
-from fusefs.passthrough import PASSTHROUGH_BYTES_MIN, Passthrough
+from fusefs.passthrough import Passthrough
 from fusefs.staged_io import (
     Room,
     pwrite_all,

@@ -140,7 +140,9 @@ class Trouble:
 
     async def _want(self, version: ObjectVersion) -> None:
         blocks = range(min(FETCH_BLOCKS, block_count(version.size_bytes)))
-        await self._cache.fetcher.fetch_wanted(version, blocks, Wanted(on_disk=self._random.random() < 0.5))
+        await self._cache.fetcher.fetch_wanted(
+            version, blocks, Wanted(self._random.choice(["", "nvme", "dram"]))
+        )
 
     async def _use(self, version: ObjectVersion) -> None:
         item = version.id if version.size_bytes <= 8 * MIB else group_key(version.id, 0)
@@ -289,7 +291,10 @@ async def test_what_is_charged_is_there_whatever_fails(
     tiers, make_content = WORLDS[world]
     lake, content, opens = WatchedLake(), make_content(), OpenTable()
     versions = list(lake.fill(content).values())
-    async with open_cache(tmp_path, lake, tiers=tiers, policy=policy, opens=opens) as cache:
+    passes = seed % 2 == 1
+    async with open_cache(
+        tmp_path, lake, tiers=tiers, policy=policy, opens=opens, passes_disks=passes
+    ) as cache:
         cache.nursery.start_soon(cache.residency.keep_dram_room)
         trouble = Trouble(cache, content, versions, opens, seed, caplog)
         lake.fault = trouble.lake_fault

@@ -8,10 +8,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from cache.model import (
-    KIB,
-    MIB,
-)
+from cache.fetcher import Wanted
+from cache.model import KIB, MIB, block_count
 from cache.policy.eviction import ItemId
 from cache.records import charge, group_key
 from tests.residence import (
@@ -45,6 +43,23 @@ async def test_an_object_over_half_of_dram_lands_on_nvme(tmp_path: Path) -> None
         await fill(cache, versions)
         assert cache.residency.place_of(versions["a"].id) == 0
         assert cache.residency.place_of(versions["b"].id) == 1
+
+
+async def test_what_the_kernel_reads_itself_on_disks_alone_lands_there(tmp_path: Path) -> None:
+    """But not where no disk has room for it, nor where memory was asked for."""
+    lake, content = WatchedLake(), bodies({"small": MIB, "a": 2 * MIB, "b": 9 * MIB, "huge": 13 * MIB})
+    content |= bodies({"asked": 3 * MIB})
+    versions = lake.fill(content)
+    tiers = (TierSpec("dram", 64 * MIB, is_memory=True), TierSpec("nvme0", 12 * MIB))
+    async with open_cache(tmp_path, lake, tiers=tiers, passes_disks=True) as cache:
+        asked = versions.pop("asked")
+        blocks = range(block_count(asked.size_bytes))
+        await cache.fetcher.fetch_wanted(asked, blocks, Wanted("dram"))
+        await fill(cache, versions)
+        places = {name: cache.residency.place_of(version.id) for name, version in versions.items()}
+        assert places == {"small": 0, "a": 1, "b": 1, "huge": 0}
+        assert cache.residency.place_of(asked.id) == 0
+        await check(cache, content)
 
 
 async def test_nvme_tiers_of_unequal_size_fill_by_their_free_share(tmp_path: Path) -> None:

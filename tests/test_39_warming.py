@@ -134,6 +134,16 @@ async def test_what_does_not_fit_is_left_out_and_nothing_of_the_job_goes_for_it(
         assert len(dict(cache.index.versions())) == job.fetched_files == lake.requests["get"]
 
 
+@pytest.mark.parametrize(("tier", "fetched"), [("", 7), ("nvme", 7), ("dram", 9)])
+async def test_what_is_for_disks_alone_is_planned_for_these(tmp_path: Path, tier: str, fetched: int) -> None:
+    lake = lake_of(20, size_bytes=3 * MIB)
+    tiers = (TierSpec("dram", 32 * MIB, is_memory=True), TierSpec("nvme0", 23 * MIB))
+    async with open_cache(tmp_path, lake, tiers=tiers, passes_disks=True) as cache:
+        job = await warmed(cache, "set", tier=tier)
+        assert (job.fitting, job.fetched_files, job.unfit_files) == (fetched, fetched, 20 - fetched)
+        assert lake.requests["get"] == fetched
+
+
 async def test_a_tier_that_is_not_there_is_refused(tmp_path: Path) -> None:
     async with open_cache(tmp_path, lake_of(2)) as cache:
         for tier, said in (("dram", "mount with --dram"), ("tape", "must be dram or nvme")):

@@ -67,6 +67,26 @@ def test_a_cached_file_is_read_without_a_request(mount: LiveMount) -> None:
     assert mount.reads()["requests"]["reads"] == reads
 
 
+def test_with_a_tier_in_memory_so_is_what_is_fetched_then(mounting: Mounting, folder: Folder) -> None:
+    folder.put("large", BODY)
+    folder.put("small", content(MIB, seed=9))
+    mount = mounting.mount(folder.url, *OPTIONS, "--dram=64M")
+    feature = mount.status()["features"]["passthrough"]
+    if not feature["on"]:
+        pytest.skip(str(feature["reason"]))
+    if not mount.status()["features"]["dram_tier"]["on"]:
+        pytest.skip("a tier in memory needs root")
+    cached(mount, "large")
+    assert (mount.directory / "small").read_bytes() == content(MIB, seed=9)
+    with (mount.directory / "large").open("rb") as reader, (mount.directory / "large").open("r+b") as writer:
+        writer.write(b"new")
+        writer.flush()
+        assert reader.read(4) == b"new" + BODY[3:4]
+    where = {tier["name"]: tier["used_bytes"] for tier in mount.status()["tiers"]}
+    assert MIB <= where["dram"] < 2 * MIB, "the small file alone"
+    reaches_the_lake(mount, folder, "large", b"new" + BODY[3:])
+
+
 def test_what_is_written_goes_through_python(mount: LiveMount, folder: Folder) -> None:
     before = mount.reads()["requests"]
     (mount.directory / "new").write_bytes(BODY)

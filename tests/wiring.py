@@ -293,6 +293,7 @@ async def open_cache(
     first: bool = True,
     lake_threads: int = 6,
     opens: OpenTable | None = None,
+    passes_disks: bool = False,
 ) -> AsyncIterator[Cache]:
     """Open, restore and wire everything; on the way out stop it without saving anything: a crash.
 
@@ -315,7 +316,7 @@ async def open_cache(
     if writable:
         shared = shared or Shared.make()
         opens = shared.opens
-    residency = Residency(made, index, committer, lake_engine, disk_engine, opens)
+    residency = Residency(made, index, committer, lake_engine, disk_engine, opens, lambda: passes_disks)
     ledger = open_ledger(path, "test", index, table, first=first) if writable else None
     try:
         async with trio.open_nursery() as nursery:
