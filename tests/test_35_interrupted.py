@@ -46,7 +46,9 @@ async def test_a_move_that_is_cancelled_has_happened_or_has_not(
     lake, content = WatchedLake(), bodies({"a": 300 * KIB})
     version = lake.fill(content)["a"]
     async with open_cache(tmp_path, lake, tiers=TIERS[:2]) as cache:
-        await cache.residency.fill_whole(version, lambda: content["a"], demand=True, on_disk=to_memory)
+        await cache.residency.fill_whole(
+            version, lambda: content["a"], demand=True, wanted_tier="nvme" if to_memory else "dram"
+        )
         target = cache.residency.tiers[0 if to_memory else 1].files
         held = HeldFiles(target, "copy_from", monkeypatch)
         async with trio.open_nursery() as nursery:
