@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 
 SOURCES = [
     "fusefs/channel.c",
+    "fusefs/counted.c",
     "fusefs/direct.c",
     "fusefs/grants.c",
     "fusefs/reads.c",

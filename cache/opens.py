@@ -63,7 +63,7 @@ BACKING_ID_MAX = (1 << 31) - 1
 _ANSWERED_CACHED = 1 << 63
 _MAPPED_CELLS = 1 << 16
 
-# For fusefs/written.c, which changes entries, too.
+# For fusefs/counted.c, which changes entries, too.
 LAYOUT = (REQUESTS, _FIRST_BUCKET, BUCKETS, _WORDS, _KEYS, _SLOTS)
 
 
@@ -116,7 +116,7 @@ class OpenTable:
         # A record lock is the process's: it does not hold off that process's other threads.
         self._thread_lock = threading.Lock()
         self._holder = 0
-        self.is_held = bytearray(1)  # Whether a thread of this process has the lock: for fusefs/written.c.
+        self.is_held = bytearray(1)  # Whether a thread of this process has the lock: for fusefs/counted.c.
         self._mapped = mmap.mmap(-1, _MAPPED_CELLS)
         self.generations = Generations()
 

@@ -524,7 +524,8 @@ PyMODINIT_FUNC PyInit__channel(void)
 		return NULL;
 	made = PyModule_Create(&module);
 	if (made && (PyModule_AddFunctions(made, grants_methods) < 0 ||
-		     PyModule_AddFunctions(made, reads_methods) < 0 || direct_add(made) < 0 || written_add(made) < 0 ||
+		     PyModule_AddFunctions(made, reads_methods) < 0 ||
+		     PyModule_AddFunctions(made, counted_methods) < 0 || direct_add(made) < 0 || written_add(made) < 0 ||
 		     PyModule_AddIntConstant(made, "sets_background", SETS_BACKGROUND) < 0))
 		Py_CLEAR(made);
 	return made;

@@ -42,6 +42,20 @@ int send_reply(int device, uint64_t unique, int error, const void *body, size_t 
 /* written.c: answer a request for a file that was made here and is written to; return whether it is answered. */
 int written_answer(int device, const struct fuse_in_header *in, size_t length);
 
+/* counted.c: count the first open of *inode*, for writing; return whether that was possible. */
+int count_first(uint64_t inode, uint64_t request, int answered_cached);
+
+/* Count the close of the only open of *inode*; return whether it was that. */
+int count_last(uint64_t inode, uint64_t request);
+
+/* Return whether somebody has it open for writing. */
+int has_writers(uint64_t inode);
+
+/* Keep the counts of *inode* as they are, if somebody writes to it and nobody has to be waited for. Return whether
+ * it is so. */
+int hold_writers(uint64_t inode);
+void let_go_writers(uint64_t inode);
+
 /* Answer a request that was left for later: *result* is bytes or an errno. -1 where nobody waits for it any more, or
  * with an exception set. */
 int direct_send(int device, uint64_t unique, PyObject *result);
@@ -60,6 +74,6 @@ int start_receiving(int fd, size_t request_bytes);
 
 int is_receiving(void);
 
-extern PyMethodDef grants_methods[], reads_methods[];
+extern PyMethodDef counted_methods[], grants_methods[], reads_methods[];
 
 #endif

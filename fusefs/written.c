@@ -10,11 +10,6 @@
  * As in writing.py what belongs to the file's staging file alone is done here, and what is anything else is
  * left to Python: nothing has been done then that would be wrong twice.
  *
- * Counts are those of cache/opens.py, which says how they are kept: here is the same change, with the same
- * lock, for the two cases that matter: nobody had the file open, or will have. A process has one such lock for
- * all of its threads, and none of them is between `_lock` and `_unlock` while *is_held* is 0 and we have the
- * interpreter lock.
- *
  * Called with the interpreter lock, by the main thread. Wire format: linux/fuse.h.
  */
 #define _GNU_SOURCE
@@ -41,12 +36,6 @@
 #define BLOCK_BYTES (1 << 17) /* As in replies.py. */
 #define OWN_MODE 0600 /* Of a staging file that says nothing of the mode, as in staging.py. */
 #define SETS (FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_MTIME)
-/* Of the OpenTable: a bucket's words, an entry's value. */
-enum { PLACE, VALUE, KEY, REQUEST, EXCESS };
-#define READERS_MAX ((UINT64_C(1) << 20) - 1)
-#define WRITERS_SHIFT 20
-#define WRITERS_MAX ((UINT64_C(1) << 12) - 1)
-#define ANSWERED_CACHED (UINT64_C(1) << 63)
 
 struct file {
 	uint64_t inode; /* 0: none. */
@@ -60,13 +49,12 @@ struct file {
 static struct file files[FILES_MAX];
 static int64_t slow_until_ns; /* For the main thread. */
 
-/* Memory that is shared with other processes, but for *is_held*. */
+/* Memory that is shared with other processes. */
 static struct {
-	Py_buffer opens, is_held, generations, counters, budget;
+	Py_buffer generations, counters, budget;
 } views;
-static uint64_t *opens, *generations, *counters, *budget;
-static int is_set_up, opens_fd;
-static unsigned long long requests, first_bucket, buckets, bucket_words, keys, slots;
+static uint64_t *generations, *counters, *budget;
+static int is_set_up;
 static unsigned long long width, own_row, requests_place, written_place, generation_cells;
 static unsigned long long attributes_valid_s;
 static PyObject *closed;
@@ -96,109 +84,6 @@ static struct file *file_of(uint64_t inode)
 		return file;
 	drop(file);
 	return NULL;
-}
-
-/* Counts */
-
-static uint64_t bucket_of(uint64_t inode)
-{
-	return first_bucket + (inode ^ inode >> 12) % buckets * bucket_words;
-}
-
-static int set_lock(uint64_t bucket, short kind)
-{
-	struct flock lock = {.l_type = kind, .l_whence = SEEK_SET, .l_start = (off_t)bucket, .l_len = 1};
-
-	return fcntl(opens_fd, F_SETLK, &lock) == 0;
-}
-
-/* Return whether it is locked, which nobody is waited for; a change that was begun is finished by Python. */
-static int lock(uint64_t bucket)
-{
-	if (*(const char *)views.is_held.buf || !set_lock(bucket, F_WRLCK))
-		return 0;
-	if (!opens[bucket + PLACE])
-		return 1;
-	set_lock(bucket, F_UNLCK);
-	return 0;
-}
-
-static void unlock(uint64_t bucket)
-{
-	set_lock(bucket, F_UNLCK);
-}
-
-/* Return where the value of *key*'s entry is, counted from the bucket; for key 0, where one is free; else 0. */
-static uint64_t place_of(uint64_t bucket, uint64_t key)
-{
-	for (uint64_t slot = 0; slot < slots; slot++)
-		if (opens[bucket + keys + slot] == key)
-			return keys + slots + slot;
-	return 0;
-}
-
-static int was_counted(uint64_t request)
-{
-	return request && opens[(request >> 1) % requests] == request;
-}
-
-static void store(uint64_t place, uint64_t value)
-{
-	__atomic_store_n(&opens[place], value, __ATOMIC_SEQ_CST);
-}
-
-/* In three steps, as opens.py does it: whoever comes next finishes what a process that dies has begun. */
-static void change(uint64_t bucket, uint64_t place, uint64_t value, uint64_t key, uint64_t request)
-{
-	store(bucket + VALUE, value);
-	store(bucket + KEY, key);
-	store(bucket + REQUEST, request);
-	store(bucket + PLACE, place);
-	store(bucket + place, value);
-	store(bucket + place - slots, value ? key : 0);
-	if (request)
-		store((request >> 1) % requests, request);
-	store(bucket + PLACE, 0);
-}
-
-/* Count the first open of *inode*, for writing; return whether that was possible. */
-static int count_first(uint64_t inode, uint64_t request, int answered_cached)
-{
-	uint64_t bucket = bucket_of(inode), place = 0;
-
-	if (!lock(bucket))
-		return 0;
-	if (!opens[bucket + EXCESS] && !was_counted(request) && !place_of(bucket, inode))
-		place = place_of(bucket, 0);
-	if (place)
-		change(bucket, place, (UINT64_C(1) << WRITERS_SHIFT) | (answered_cached ? ANSWERED_CACHED : 0), inode,
-		       request);
-	unlock(bucket);
-	return place != 0;
-}
-
-/* Count the close of the only open of *inode*; return whether it was that. */
-static int count_last(uint64_t inode, uint64_t request)
-{
-	uint64_t bucket = bucket_of(inode), place;
-
-	if (!lock(bucket))
-		return 0;
-	place = place_of(bucket, inode);
-	if (opens[bucket + EXCESS] || was_counted(request) || !place ||
-	    (opens[bucket + place] & ~ANSWERED_CACHED) != UINT64_C(1) << WRITERS_SHIFT)
-		place = 0;
-	if (place)
-		change(bucket, place, 0, inode, request);
-	unlock(bucket);
-	return place != 0;
-}
-
-static int has_writers(uint64_t bucket, uint64_t inode)
-{
-	uint64_t place = place_of(bucket, inode);
-
-	return place && (opens[bucket + place] >> WRITERS_SHIFT & WRITERS_MAX);
 }
 
 /* Attributes */
@@ -280,15 +165,15 @@ static int set_while_written(const struct file *file, const struct fuse_setattr_
 
 static int set_attributes(int device, const struct fuse_in_header *in, const struct file *file, const void *body)
 {
-	uint64_t bucket = bucket_of(file->inode);
 	struct fuse_setattr_in arg;
 	int is_set;
 
 	memcpy(&arg, body, sizeof(arg));
-	if (!(arg.valid & SETS) || (arg.valid & ~(uint32_t)(SETS | FATTR_FH | FATTR_LOCKOWNER)) || !lock(bucket))
+	if (!(arg.valid & SETS) || (arg.valid & ~(uint32_t)(SETS | FATTR_FH | FATTR_LOCKOWNER)) ||
+	    !hold_writers(file->inode))
 		return 0;
-	is_set = has_writers(bucket, file->inode) && set_while_written(file, &arg); /* No seal comes in between. */
-	unlock(bucket);
+	is_set = set_while_written(file, &arg); /* No seal comes in between. */
+	let_go_writers(file->inode);
 	return is_set && reply_attributes(device, in->unique, file);
 }
 
@@ -420,8 +305,7 @@ static void forget_all(void)
 	is_set_up = 0, slow_until_ns = 0;
 	for (struct file *file = files; file < files + FILES_MAX; file++)
 		drop(file);
-	PyBuffer_Release(&views.opens), PyBuffer_Release(&views.is_held), PyBuffer_Release(&views.generations);
-	PyBuffer_Release(&views.counters), PyBuffer_Release(&views.budget);
+	PyBuffer_Release(&views.generations), PyBuffer_Release(&views.counters), PyBuffer_Release(&views.budget);
 	Py_CLEAR(closed);
 }
 
@@ -431,13 +315,10 @@ static PyObject *set_up_written(PyObject *self, PyObject *args)
 
 	(void)self;
 	forget_all();
-	if (!PyArg_ParseTuple(args, "w*iw*(KKKKKK)w*w*(KKKK)w*KO", &views.opens, &opens_fd, &views.is_held, &requests,
-			      &first_bucket, &buckets, &bucket_words, &keys, &slots, &views.generations,
-			      &views.counters, &width, &own_row, &requests_place, &written_place, &views.budget,
-			      &attributes_valid_s, &closing))
+	if (!PyArg_ParseTuple(args, "w*w*(KKKK)w*KO", &views.generations, &views.counters, &width, &own_row,
+			      &requests_place, &written_place, &views.budget, &attributes_valid_s, &closing))
 		return NULL;
-	opens = views.opens.buf, generations = views.generations.buf;
-	counters = views.counters.buf, budget = views.budget.buf;
+	generations = views.generations.buf, counters = views.counters.buf, budget = views.budget.buf;
 	generation_cells = (uint64_t)views.generations.len / 8 - 1; /* The last is the epoch. */
 	closed = Py_NewRef(closing);
 	is_set_up = 1;
@@ -513,7 +394,7 @@ static PyObject *drop_closed(PyObject *self, PyObject *unused)
 {
 	(void)self, (void)unused;
 	for (struct file *file = files; file < files + FILES_MAX; file++)
-		if (file->inode && (!is_true_still(file) || !has_writers(bucket_of(file->inode), file->inode)))
+		if (file->inode && (!is_true_still(file) || !has_writers(file->inode)))
 			drop(file);
 	Py_RETURN_NONE;
 }
@@ -534,7 +415,7 @@ static PyObject *answer_written(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
 	{"set_up_written", set_up_written, METH_VARARGS,
-	 "set_up_written(opens, fd, is_held, layout, generations, counters, places, budget, valid_s, closed).\n\n"
+	 "set_up_written(generations, counters, places, budget, valid_s, closed).\n\n"
 	 "*closed* is called with the inode whose last open was counted off here."},
 	{"made", made, METH_VARARGS,
 	 "made(inode, request, path, mode, uid, gid, ctime_ns, generation, answered_cached, valid_s) -> bytes | None:\n\n"

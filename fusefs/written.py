@@ -41,11 +41,8 @@ class WrittenFiles:
         self._generations = opens.generations
         self._answers_cached = answers_cached
         self._extension = channel.module()
+        self._extension.set_up_counted(opens.cells, opens.fd, opens.is_held, LAYOUT)
         self._extension.set_up_written(
-            opens.cells,
-            opens.fd,
-            opens.is_held,
-            LAYOUT,
             self._generations.cells,
             counters.cells,
             counters.places(row, "requests", "bytes_written"),
