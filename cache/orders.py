@@ -132,7 +132,7 @@ class Orders:
         self._sets[upcoming] = members
         told = self.told_for(members)
         if told is not None:
-            upcoming.tell(lambda: self._order(told, members))
+            upcoming.tell(lambda: self._order(told, members), is_news=False)
         return upcoming
 
     def told_for(self, members: Members) -> Told | None:

@@ -6,7 +6,7 @@ A place is due the sooner the closer it lies behind a place that was opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ GRACE_TOLD = 256  # Opens before an order that was told is doubted: every worker
 _JUDGED = 32  # The last so many opens decide whether the order holds.
 _EXPECTED_MIN = 12  # Of those. A wrong order has some 6 by chance, a right one 28.
 _CHANCE = 10  # An open is within reach of a recent one by chance once in 1 / (2 * _CHANCE) * 4.
+_FITTING_MIN = 64  # Fewer opens than these fit any order.
+_READ_SHARE = 0.9  # An order of which so much is read is over.
+_GAP_MAX = 1 << 16
 _PERIOD_ROWS = 16  # So often must a part of the order have been left out for us to call it another's.
 _PERIODS = sorted({factor << power for factor in (1, 3, 5, 7) for power in range(12)} - {1})
 
@@ -76,9 +79,35 @@ class Following:
 
     def catch_up(self, files: Iterable[int]) -> None:
         """Note what was opened before, in whatever order: the order is not judged by these."""
-        for file in files:
-            self._note(int(self._position_of[file]))
+        positions = self._position_of[np.fromiter(files, np.int64)]
+        positions = positions[positions != NOWHERE]
+        positions = positions[self._opened_at[positions] == 0]
+        positions = positions[np.sort(np.unique(positions, return_index=True)[1])]  # Each once.
+        before, self._opens = self._opens, self._opens + len(positions)
+        numbers = np.arange(before + 1, self._opens + 1)
+        self._opened_at[positions] = numbers
+        self._recent[numbers[-self._window :] % self._window] = positions[-self._window :]
+        if self._ours is None and before // self._window != self._opens // self._window:
+            self._ours = self._find_ours()
         self._doubted_from = max(self._opens, self._grace)
+
+    def fits(self, files: Sequence[int]) -> bool:
+        """Return whether *files*, all that was opened in an epoch so far, may be the part of it that is read.
+
+        Its readers leave no holes but where each of them is now: the same step lies between most positions,
+        1, or the number of ranks. Of another epoch's files most are chance.
+        """
+        positions = self._position_of[np.asarray(files, np.int64)]
+        positions = np.sort(positions[positions != NOWHERE]).astype(np.int64)
+        share = len(positions) / len(self._files)
+        if share >= _READ_SHARE:
+            return False
+        if len(files) < _FITTING_MIN:
+            return True
+        if 2 * len(positions) < len(files):
+            return False
+        steps = np.bincount(np.minimum(np.diff(positions), _GAP_MAX))
+        return bool(steps.max() >= (1 + share) / 2 * (len(positions) - 1))
 
     def upcoming(
         self, limit: int, wanted: NDArray[np.bool_] | None = None, within: int | None = None

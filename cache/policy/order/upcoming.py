@@ -7,6 +7,7 @@ member in an epoch and is asked which member to fetch next.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ GRACE_NEXT = 32  # Opens before an order that follows from the last epoch's is d
 # second epoch, then every fourth, up to this, since each search is up to 0.2 s of a thread's work.
 _FRUITLESS = 2
 _LOOK_EVERY_MAX = 16
-_OPENS_KEPT_MAX = 4096  # Of an epoch, for an order that is found meanwhile.
 _BATCH = 64
 # Files fetched and not used yet: what is read while one is fetched, and as much again, since
 # neither is even; so many at least, and more where readers are far apart.
@@ -96,9 +96,9 @@ class OrderedUpcoming:
     """For one set of *count* files, told by their place in listing order.
 
     *get_paths* returns their paths below the set's directory; it is called where *search* works.
-    Invariants: at most one search is under way; its result counts for the epoch it began in only.
-    `_then` is of the epoch after the one that `_order` is of. The count of uses that `due` goes by
-    is the same for both, so what was due later is due once its epoch has begun.
+    Invariants: at most one search is under way; its result counts for the epoch it began in only, unless
+    the order was told. `_then` and `_told` are of the epoch after the one that `_order` is of. The count of
+    uses that `due` goes by is the same for both, so what was due later is due once its epoch has begun.
     """
 
     def __init__(
@@ -118,10 +118,11 @@ class OrderedUpcoming:
         self.lead_s = 0.0
         self.is_needed = True
         self._order: Order | None = None
-        self._then: Order | None = None  # The next epoch's, if it follows from this one's.
+        self._then: Order | None = None  # The next epoch's, if it follows from this one's,
+        self._told: Order | None = None  # or was told.
         self._rate = _Rate()
         self._now_s = 0.0  # When the last use was.
-        self._opened: list[int] = []
+        self._opened = array("I")  # In this epoch: for an order that is known later.
         self._finder: Finder | None = Finder(count, get_paths)
         self._is_searching = False
         self._fruitless = 0  # Epochs on end of which all looks for the order were in vain.
@@ -130,10 +131,27 @@ class OrderedUpcoming:
         self._ahead: set[int] = set()
         self._is_exhausted = False  # Until the next use.
 
-    def tell(self, make: Callable[[], Order | None]) -> None:
-        """Believe what *make* returns (made elsewhere) from now on, rather than what is found."""
-        self._finder = None
-        self._start(make)
+    def tell(self, make: Callable[[], Order | None], *, is_news: bool = True) -> None:
+        """Believe what *make* returns (made elsewhere), rather than what is found.
+
+        That is at once, or where it can't be the order of the epoch under way, from the next one on. Not
+        *is_news*: it was told some time ago, and then it is no order at all.
+        """
+
+        def then(order: Order | None) -> None:
+            self._is_searching = False
+            if order is None:
+                return
+            if order.following.fits(self._opened):
+                self._finder = None
+                order.following.catch_up(self._opened)
+                self._believe(order)
+            elif is_news:
+                self._told = order
+                self.changes += 1
+
+        self._is_searching = True
+        self._search(make, then)
 
     def used(self, places: Sequence[int], now_s: float) -> None:
         """Members were used for the first time in this epoch, in this order."""
@@ -142,8 +160,7 @@ class OrderedUpcoming:
         self._now_s = max(self._now_s, now_s)
         self._rate.used(len(places), self._now_s)
         self._is_exhausted = False
-        if (room := _OPENS_KEPT_MAX - len(self._opened)) > 0:
-            self._opened += places[:room]
+        self._opened.extend(places)
         if self._order is not None:
             self._follow(self._order, places)
         elif self._finder is not None and self.is_needed and not self._is_searching:
@@ -162,18 +179,20 @@ class OrderedUpcoming:
     def epoch_began(self, epoch: int) -> None:
         """Another pass has begun. Its order is expected to follow from the last one's."""
         self._fallback.epoch_began(epoch)
-        order, then = self._order, self._then
+        order, then = self._order, self._told or self._then
+        self._told = None
         self._note_looks()
         self._believe(None)
         self._ahead.clear()
         self._passes += 1
-        self._opened = []
+        self._opened = array("I")
         expected = _successors(order)
         is_looked_for = bool(expected) or self._passes % self._look_every == 0
         self._finder = Finder(self._count, self._get_paths, expected) if is_looked_for else None
         self._is_searching = False
-        if order is not None and then is not None:
-            then.following.take_over(order.following)
+        if then is not None:
+            if order is not None:
+                then.following.take_over(order.following)
             self._believe(then)
         elif order is not None and expected:
             self._start(lambda: succeed(order, expected[0]))
@@ -217,7 +236,8 @@ class OrderedUpcoming:
         return None if order is None or order.is_guess else self._use_of(order, place, self._passes)
 
     def due_later(self, place: int) -> int | None:
-        return None if self._then is None else self._use_of(self._then, place, self._passes + 1)
+        then = self._told or self._then
+        return None if then is None else self._use_of(then, place, self._passes + 1)
 
     def _use_of(self, order: Order, place: int, passes: int) -> int | None:
         position = order.following.due_at(place)
@@ -255,7 +275,7 @@ class OrderedUpcoming:
         return int(min(self._count, max(_AHEAD_MIN, uses)))
 
     def _find(self, finder: Finder) -> None:
-        opened = self._opened[:OPENS_MAX]
+        opened = self._opened[:OPENS_MAX].tolist()
         if not finder.wants_look(len(opened)):
             return
 
@@ -276,7 +296,7 @@ class OrderedUpcoming:
             if began_in != self._passes:
                 return
             self._is_searching = False
-            if order is not None:
+            if order is not None and self._order is None:  # Else it was told meanwhile.
                 order.following.catch_up(self._opened)
                 self._believe(order)
 
