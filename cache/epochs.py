@@ -5,6 +5,8 @@ The tiers are told what of it is resident and will be used, so that it stays for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from cache.followed import Followed, FollowedSets
@@ -72,6 +74,18 @@ class Epochs:
             if not followed.is_released and now_s - followed.samples.last_used_s > _RELEASE_S:
                 followed.is_released = True
                 self._sets.start(self._release, followed)
+
+    def forget(self, inodes: Sequence[int]) -> None:
+        """Have what is resident of files that belong to no set any more leave as all others do."""
+        self._sets.start(self._forget, inodes)
+
+    async def _forget(self, inodes: Sequence[int]) -> None:
+        for number, inode in enumerate(inodes):
+            if number % _CHUNK == 0:
+                await trio.lowlevel.checkpoint()
+            node = self._index.node(inode)
+            if node is not None and node.vid:
+                self._residency.release(node.vid)
 
     async def _release(self, followed: Followed) -> None:
         for number, inode in enumerate(followed.samples.members.inodes):

@@ -53,6 +53,7 @@ class Followed:
 
     def epoch_began(self) -> None:
         self.uses, self.misses, self.waited_s = 0, 0, 0.0
+        self.account.epoch_began()
 
 
 class FollowedSets:
@@ -100,14 +101,16 @@ class FollowedSets:
         some = (members.inodes[0], members.inodes[-1])
         return any(other.samples.members.place(inode) is not None for other in self._sets for inode in some)
 
-    def add(self, followed: Followed) -> None:
-        """Follow one more, and those no longer that were used longest ago if it is too much."""
+    def add(self, followed: Followed) -> list[Followed]:
+        """Follow one more, and those no longer that were used longest ago if it is too much; return these."""
+        left: list[Followed] = []
         self._sets.insert(0, followed)
         while len(self._sets) > 1 and (
             len(self._sets) > _SETS_MAX
             or sum(len(other.samples.members) for other in self._sets) > _FILES_MAX
         ):
-            self._sets.pop()
+            left.append(self._sets.pop())
+        return left
 
     # Who works for them
 

@@ -79,6 +79,8 @@ _AHEAD_WINDOW_BYTES_MAX = 80 * MIB  # What one sequential reader has under way a
 _EXTENTS_SHARE = 128
 _AHEAD_WINDOW_SHARE = 4  # Of the smallest disk tier: what is fetched ahead must stay until it is read.
 _SAVE_USAGE_EVERY_S = 30.0
+_USAGE_AT_ONCE = 1000  # A transaction of some 5 ms,
+_USAGE_PAUSE_S = 0.01  # and others have their turn.
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,10 @@ class Mover:
     async def save_usage_regularly(self) -> None:
         while True:
             await trio.sleep(_SAVE_USAGE_EVERY_S)
-            self.residency.save_usage()
+            has_more = True
+            while has_more:
+                has_more = self.residency.save_usage(_USAGE_AT_ONCE)
+                await trio.sleep(_USAGE_PAUSE_S)
             self.index.env.reader_check()  # Slots of workers that were killed.
 
 

@@ -64,7 +64,8 @@ def put_usage(w: IndexWriter, usages: dict[bytes, Usage]) -> None:
         row = w.version(vid)
         if row is not None:
             last_used_s = max(row.last_used_s, usage.last_used_s)
-            change(w, vid, hits=row.hits + usage.hits, last_used_s=last_used_s)
+            hits = row.hits + usage.hits
+            w.put_version(vid, msgspec.structs.replace(row, hits=hits, last_used_s=last_used_s))
 
 
 def drop_items(w: IndexWriter, items: list[ItemId], emptied: set[bytes]) -> None:

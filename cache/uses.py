@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from cache.committer import Committer
 from cache.places import Tier
 from cache.policy.due import SOME_TIME, Next
@@ -92,8 +94,12 @@ class Uses:
         recent = self._usage.get(vid, Usage())
         return Usage(row.hits + recent.hits, max(row.last_used_s, recent.last_used_s))
 
-    def save_usage(self) -> None:
-        """Put what `used` gathered into the index with the next commit."""
-        usage, self._usage = self._usage, {}
+    def save_usage(self, count: int | None = None) -> bool:
+        """Put what `used` gathered into the index with the next commit, *count* versions at most.
+
+        Return whether there is more.
+        """
+        usage = {vid: self._usage.pop(vid) for vid in list(islice(self._usage, count))}
         if usage:
             self._committer.commit_nowait(lambda w: put_usage(w, usage))
+        return bool(self._usage)

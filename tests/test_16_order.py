@@ -501,6 +501,67 @@ def test_a_told_order_is_followed_from_the_start_and_beats_a_search() -> None:
     assert taken(upcoming, status, 20) == places[:20].tolist()
 
 
+def told_during_an_epoch(
+    count: int, read: int, *, of_next: bool
+) -> tuple[OrderedUpcoming, SampleSet, list[int]]:
+    """Return what comes of an order that is told when *read* files of an epoch of *count* were read."""
+    upcoming = OrderedUpcoming(count, unused, at_once, InListingOrder())
+    upcoming.is_needed = False  # Nobody looks for it.
+    upcoming.lead_s = 0.02
+    samples = SampleSet(1, Members(range(2, count + 2), count), upcoming, deep=True)
+    now, later = (np.random.default_rng(seed).permutation(count).astype(np.uint32) for seed in (1, 2))
+    read_all(samples, now[:read].tolist(), 100.0)
+    for place in range(0, count, 10):
+        samples.found_resident(place)
+    told = later if of_next else now
+    upcoming.tell(lambda: order_of_places(told, count))
+    return upcoming, samples, told.tolist()
+
+
+def read_all(samples: SampleSet, places: list[int], now_s: float) -> None:
+    while places:
+        places = places[samples.used_all(places, [now_s] * len(places)).uses :]
+
+
+@pytest.mark.parametrize(("count", "read"), [(2000, 2000), (20_000, 20_000), (20_000, 10_000)])
+def test_an_order_that_is_told_for_the_next_epoch_is_believed_then(count: int, read: int) -> None:
+    upcoming, samples, order = told_during_an_epoch(count, read, of_next=True)
+    assert not upcoming.is_known
+    assert upcoming.due_later(order[7]) == upcoming._passes * count + count + 7
+    while (place := samples.take()) is not None:
+        assert not samples.is_used(place)
+    read_all(samples, order[:600], 200.0)
+    assert samples.epoch == 2 and upcoming.name == "told"
+    samples.look_again()
+    assert [samples.take() for _ in range(40)] == order[600:640]
+
+
+@pytest.mark.parametrize("read", [0, 30, 1000, 4500, 15_000])
+def test_an_order_that_is_told_for_the_running_epoch_is_believed_at_once(read: int) -> None:
+    upcoming, samples, order = told_during_an_epoch(20_000, read, of_next=False)
+    assert upcoming.name == "told"
+    assert [samples.take() for _ in range(40)] == order[read : read + 40]
+
+
+def test_what_was_told_some_time_ago_is_no_order_of_an_epoch_that_does_not_read_it() -> None:
+    upcoming = OrderedUpcoming(5000, unused, at_once, InListingOrder())
+    upcoming.is_needed = False
+    upcoming.used(list(range(0, 5000, 7)), 1.0)
+    places = np.random.default_rng(3).permutation(5000).astype(np.uint32)
+    upcoming.tell(lambda: order_of_places(places, 5000), is_news=False)
+    upcoming.epoch_began(2)
+    assert not upcoming.is_known
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_opens_of_some_ranks_fit_the_order_of_all(world: int) -> None:
+    order, other = (np.random.default_rng(seed).permutation(8000).astype(np.uint32) for seed in (1, 2))
+    opened = order[3 % world :: world][:900].tolist()
+    random.Random(1).shuffle(opened)
+    assert Following(order, 8000).fits(opened)
+    assert not Following(other, 8000).fits(opened)
+
+
 def test_a_told_sampler_leads_from_epoch_to_epoch_for_the_ranks_that_read_here() -> None:
     hint = told.parse(b"sampler=torch seed=9 world=4 ranks=1,3").sampler
     assert hint is not None

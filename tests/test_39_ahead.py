@@ -504,3 +504,64 @@ def test_an_account_is_wasteful_from_a_share_and_an_amount_on() -> None:
     assert not Account(fetched_bytes=20 * MIB, wasted_bytes=20 * MIB).is_wasteful
     assert Account(fetched_bytes=100 * MIB, wasted_bytes=40 * MIB).is_wasteful
     assert not Account(fetched_bytes=1000 * MIB, wasted_bytes=40 * MIB).is_wasteful
+
+
+def test_what_was_wasted_counts_ever_less_as_epochs_pass() -> None:
+    account = Account(fetched_bytes=100 * MIB, wasted_bytes=100 * MIB)
+    account.epoch_began()
+    assert account.is_wasteful, "50 MiB"
+    account.epoch_began()
+    assert not account.is_wasteful
+    assert (account.fetched_bytes, account.wasted_bytes) == (100 * MIB, 100 * MIB), "shown as they are"
+    account.wasted_bytes += 10 * MIB
+    account.fetched_bytes += 10 * MIB
+    assert account.is_wasteful
+
+
+async def test_what_was_expected_of_files_that_were_replaced_makes_room(tmp_path: Path) -> None:
+    """In the middle of an epoch of a set larger than the tier: nobody will use the old versions."""
+    count, lake = 300, lake_of(300)
+    async with reading(tmp_path, lake, tiers=(TierSpec("nvme0", 5 * MIB),)) as reader:
+        files = await reader.folder()
+        folder = reader.cache.names()["set"][0]
+        for part in (count, count, count // 3):
+            reader.now_s += 60
+            await reader.read_all(shuffled(files, part + int(reader.now_s))[:part])
+        new = bodies({f"set/{number:04}": SIZE for number in range(count)})
+        lake.fill({key: b"anew" + body[4:] for key, body in new.items()})
+        reader.cache.lister.relist_ahead(folder)
+        await reader.settled()
+        files = [inode for inode, _ in reader.cache.names(folder).values()]
+        reader.now_s += 600
+        for seed in range(2):
+            before = lake.requests["get"]
+            reader.now_s += 60
+            await reader.read_all(shuffled(files, seed))
+            await reader.settled()
+        assert lake.requests["get"] - before < count / 2, "1 - C is 0.29"
+
+
+async def test_a_set_that_nobody_reads_any_more_makes_room_for_another_also_without_read_ahead(
+    tmp_path: Path,
+) -> None:
+    count = 200
+    lake = WatchedLake()
+    sizes = {f"{name}/{number:04}": SIZE for name in "ab" for number in range(count)}
+    versions = lake.fill(bodies(sizes))
+    tiers = (TierSpec("nvme0", (count + 13) * (SIZE + 4 * KIB)),)
+    async with open_cache(tmp_path, lake, tiers=tiers, policy="epoch") as cache:
+
+        async def epoch(name: str, seed: int) -> int:
+            before = lake.requests["get"]
+            for key in random.Random(seed).sample(sorted(versions), len(versions)):
+                version = versions[key]
+                if key.startswith(name) and cache.index.version(version.id) is not None:
+                    cache.residency.used([version.id], 0.0)
+                elif key.startswith(name):
+                    await cache.fetch(version)
+            return lake.requests["get"] - before
+
+        for seed in range(3):
+            await epoch("b", seed)
+        missed = [await epoch("a", seed) for seed in range(6)]
+        assert missed[-1] == 0, missed

@@ -253,19 +253,19 @@ class EpochPolicy(QueuedPolicy):
             self._touch(item, recent_max)
 
     def _touch(self, item: ItemId, recent_max: int) -> None:
-        if item in self._recent:
+        if item in self._recent:  # Who reads what was just brought uses nothing that has waited here.
             self._recent.move_to_end(item)
-        else:
-            queue = self._queue_of(item)
-            if queue is None or queue is self._pinned:
-                return
-            self._recent.put(item, queue.take(item) or 0)
-            if queue is self._used or queue is self._again:
-                self._recent_again.add(item)
-            self._pass_on(recent_max)
-            gathered = len(self._again)
-            if gathered > self._AGAIN_MIN and gathered > len(self) // self._AGAIN_SHARE:
-                self.epoch_began()
+            return
+        queue = self._queue_of(item)
+        if queue is None or queue is self._pinned:
+            return
+        self._recent.put(item, queue.take(item) or 0)
+        if queue is self._used or queue is self._again:
+            self._recent_again.add(item)
+        self._pass_on(recent_max)
+        gathered = len(self._again)
+        if gathered > self._AGAIN_MIN and gathered > len(self) // self._AGAIN_SHARE:
+            self.epoch_began()
         self._gone_unused = 0
 
     def epoch_began(self) -> None:

@@ -18,10 +18,20 @@ class Account:
     fetched_bytes: int = 0
     used_bytes: int = 0
     wasted_bytes: int = 0
+    # So much of fetched_bytes and wasted_bytes is not judged any more.
+    _past_fetched_bytes: int = 0
+    _past_wasted_bytes: int = 0
 
     @property
     def is_wasteful(self) -> bool:
-        return self.wasted_bytes > max(_WASTED_FREE_BYTES, _WASTED_SHARE_MAX * self.fetched_bytes)
+        fetched_bytes = self.fetched_bytes - self._past_fetched_bytes
+        wasted_bytes = self.wasted_bytes - self._past_wasted_bytes
+        return wasted_bytes > max(_WASTED_FREE_BYTES, _WASTED_SHARE_MAX * fetched_bytes)
+
+    def epoch_began(self) -> None:
+        """What was so far counts half: who fetches nothing ahead could never show that he wastes less."""
+        self._past_fetched_bytes = (self._past_fetched_bytes + self.fetched_bytes) // 2
+        self._past_wasted_bytes = (self._past_wasted_bytes + self.wasted_bytes) // 2
 
 
 class Ledger:

@@ -21,6 +21,9 @@ _CHANCE = 10  # An open is within reach of a recent one by chance once in 1 / (2
 _FITTING_MIN = 64  # Fewer opens than these fit any order.
 _READ_SHARE = 0.9  # An order of which so much is read is over.
 _GAP_MAX = 1 << 16
+_LOOK_SHARE = (
+    8  # A look at what is read here takes the longer the more was read: it is made ever more seldom.
+)
 _PERIOD_ROWS = 16  # So often must a part of the order have been left out for us to call it another's.
 _PERIODS = sorted({factor << power for factor in (1, 3, 5, 7) for power in range(12)} - {1})
 
@@ -45,6 +48,7 @@ class Following:
         self._opens = 0
         self._passed = 0  # Positions before this one will not be read any more.
         self._ours: NDArray[np.bool_] | None = None  # By position modulo its length: read here.
+        self._look_at = 0  # With so many opens it is looked for again.
         self._verdicts = (1 << _JUDGED) - 1  # A bit for each of the last opens: was it expected.
         self._grace = grace
         self._doubted_from = grace
@@ -98,7 +102,7 @@ class Following:
         1, or the number of ranks. Of another epoch's files most are chance.
         """
         positions = self._position_of[np.asarray(files, np.int64)]
-        positions = np.sort(positions[positions != NOWHERE]).astype(np.int64)
+        positions = positions[positions != NOWHERE]
         share = len(positions) / len(self._files)
         if share >= _READ_SHARE:
             return False
@@ -106,7 +110,7 @@ class Following:
             return True
         if 2 * len(positions) < len(files):
             return False
-        steps = np.bincount(np.minimum(np.diff(positions), _GAP_MAX))
+        steps = np.bincount(np.minimum(np.diff(np.sort(positions).astype(np.int64)), _GAP_MAX))
         return bool(steps.max() >= (1 + share) / 2 * (len(positions) - 1))
 
     def upcoming(
@@ -179,8 +183,9 @@ class Following:
         self._opens += 1
         self._opened_at[position] = self._opens
         self._recent[self._opens % self._window] = position
-        if self._opens % self._window == 0 and self._ours is None:
+        if self._opens % self._window == 0 and self._ours is None and self._opens >= self._look_at:
             self._ours = self._find_ours()
+            self._look_at = self._opens + self._opens // _LOOK_SHARE
 
     def _is_due(self, position: int) -> bool:
         if position == NOWHERE or position < self._passed or self._opened_at[position]:
