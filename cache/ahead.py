@@ -207,7 +207,7 @@ class SetReadAhead:
             if access is not None:
                 self._note_access(followed, Inode(use.inode), use.at_s, access)
         for left in self._sets.add(followed):
-            self._epochs.forget(left.samples.members.inodes)
+            self._epochs.forget(left.samples.members)
         log.info(
             "%s: a sample set of %d files, its epochs are read ahead",
             self._path(followed),
@@ -217,9 +217,7 @@ class SetReadAhead:
             self._epoch_began(followed)
 
     def _grown(self, followed: Followed, samples: SampleSet) -> None:
-        gone = [inode for inode in followed.samples.members.inodes if samples.members.place(inode) is None]
-        if gone:  # Replaced in the lake: nobody will use these, and nobody else takes back what was expected.
-            self._epochs.forget(gone)
+        self._epochs.forget(followed.samples.members, samples.members)  # What was replaced in the lake, say.
         followed.kept = Kept()  # Of the old places.
         followed.samples = samples
         self._epochs.look_over(followed)

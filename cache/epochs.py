@@ -5,13 +5,14 @@ The tiers are told what of it is resident and will be used, so that it stays for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from cache.followed import Followed, FollowedSets
 from cache.index import Index
 from cache.keeping import Keeping
+from cache.policy.sets import Members
 from cache.residency import Residency
 
 _RELEASE_S = 300.0  # What an idle set still needed is given up after it, where another one needs room.
@@ -75,29 +76,31 @@ class Epochs:
                 followed.is_released = True
                 self._sets.start(self._release, followed)
 
-    def forget(self, inodes: Sequence[int]) -> None:
-        """Have what is resident of files that belong to no set any more leave as all others do."""
-        self._sets.start(self._forget, inodes)
+    def forget(self, members: Members, now: Members | None = None) -> None:
+        """Have what is resident of *members* leave as all others do, but for those that are in *now*, too.
 
-    async def _forget(self, inodes: Sequence[int]) -> None:
+        Nobody else takes back what was expected of them.
+        """
+
+        async def forget(inodes: Sequence[int]) -> None:
+            await self._release_each(inodes, lambda inode: now is None or now.place(inode) is None)
+
+        self._sets.start(forget, members.inodes)
+
+    async def _release(self, followed: Followed) -> None:
+        await self._release_each(followed.samples.members.inodes, lambda _: followed.is_released)
+        if not followed.is_released:
+            return  # It is in use again.
+        followed.is_looked_over, followed.evicted_bytes_seen = True, -1  # Its next epoch looks again.
+        self._sets.wake()
+
+    async def _release_each(self, inodes: Sequence[int], is_due: Callable[[int], bool]) -> None:
         for number, inode in enumerate(inodes):
             if number % _CHUNK == 0:
                 await trio.lowlevel.checkpoint()
-            node = self._index.node(inode)
+            node = self._index.node(inode) if is_due(inode) else None
             if node is not None and node.vid:
                 self._residency.release(node.vid)
-
-    async def _release(self, followed: Followed) -> None:
-        for number, inode in enumerate(followed.samples.members.inodes):
-            if number % _CHUNK == 0:
-                await trio.lowlevel.checkpoint()
-                if not followed.is_released:
-                    return  # It is in use again.
-            node = self._index.node(inode)
-            if node is not None and node.vid:
-                self._residency.release(node.vid)
-        followed.is_looked_over, followed.evicted_bytes_seen = True, -1  # Its next epoch looks again.
-        self._sets.wake()
 
     def follow_order(self, followed: Followed) -> None:
         """Once something else is known of the order, tell what is resident when it will be used."""

@@ -250,7 +250,7 @@ class ChangingOperations(pyfuse3.Operations):
         data.f_bsize, data.f_frsize, data.f_namemax = IO_BYTES, IO_BYTES, NAME_BYTES_MAX
         if self.writing is not None:
             room = self.writing.room()
-            data.f_frsize = _FRAGMENT_BYTES
+            data.f_bsize = data.f_frsize = _FRAGMENT_BYTES  # One number: some multiply blocks by the first.
             data.f_blocks = room.total_bytes // _FRAGMENT_BYTES
             data.f_bfree = data.f_bavail = room.free_bytes // _FRAGMENT_BYTES
             data.f_files, data.f_ffree, data.f_favail = room.files, room.free_files, room.free_files

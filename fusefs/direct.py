@@ -154,7 +154,8 @@ class DirectAnswers:
             log.exception("a file was made, and can't be opened")
             reply = errno.EIO
         is_heard = channel.module().reply(unique, reply)
-        if handle and (not is_heard or isinstance(reply, int)):
+        # Not heard: another worker answered the request that was sent again. It counted the same open.
+        if handle and is_heard and isinstance(reply, int):
             writing.release(handle, unique | 1)
 
     def _failed(self, answer: Answer, flags: int) -> int:

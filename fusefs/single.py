@@ -23,7 +23,7 @@ from cache.store import CacheStore
 from fusefs import channel, device, passthrough
 from fusefs.control_operations import ControlOperations
 from fusefs.shared import Shared
-from fusefs.worker import equip, shake_hands
+from fusefs.worker import REQUESTS_MAX, equip, shake_hands
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ async def _serve_session(
             for task in equip(operations, config, mover.index, files, client, shared, 1):
                 nursery.start_soon(task)
             announce()
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=REQUESTS_MAX)
             nursery.cancel_scope.cancel()
     finally:
         with suppress(OSError):

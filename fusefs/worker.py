@@ -30,6 +30,8 @@ from fusefs.written import WrittenFiles
 
 log = logging.getLogger(__name__)
 
+# Requests that wait at one time. While so many do nobody receives any, those for cached bytes neither.
+REQUESTS_MAX = 10_000
 _PATIENCE_S = 10.0  # Beyond the lake's retries, for movers that can't even start.
 
 
@@ -165,7 +167,7 @@ async def run_worker(
                 nursery.start_soon(task)
             for task in answer_directly(operations, mover, config, shared, row):
                 nursery.start_soon(task)
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=REQUESTS_MAX)
             nursery.cancel_scope.cancel()
     finally:
         index.close()

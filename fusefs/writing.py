@@ -204,7 +204,7 @@ class Writing:
                 await self._stage(inode, -1)
             handle = await self._filesystem.open_file(inode)
         except BaseException:
-            self._count_closed(inode, writing=writing, id=id | _CLOSING)
+            self._count_closed(inode, writing=writing, id=id and id | _CLOSING)
             raise
         return handle | (WRITING_BIT if writing else 0)
 
@@ -327,7 +327,7 @@ class Writing:
         try:
             yield
         finally:
-            self._count_closed(inode, writing=True, id=id | _CLOSING)
+            self._count_closed(inode, writing=True, id=id and id | _CLOSING)
 
     # Bytes
 

@@ -213,6 +213,14 @@ async def test_a_request_that_is_sent_again_is_counted_once(setting: Setting) ->
     assert setting.opens.state(inode).writers == 1
 
 
+async def test_without_a_requests_number_each_truncation_is_counted_off(setting: Setting) -> None:
+    """The channel extension tells the numbers."""
+    _, inode = await setting.create(id=2)
+    for length in (5, 6, 7):
+        await setting.writing.set_size(inode, length, 0)
+        assert setting.opens.state(inode).writers == 1
+
+
 async def test_a_name_that_the_kernel_did_not_know_is_looked_up_again(setting: Setting) -> None:
     setting.clean(b"file", 3)
     with pytest.raises(ObjectChanged):

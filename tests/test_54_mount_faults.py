@@ -7,7 +7,9 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tests.disks import fill_up, small_disk
 from tests.memory_s3 import MemoryS3
 from tests.mount_readers import readers
 from tests.mounting import MIB, Folder, LiveMount, Mounting, Prefix, content, is_alive, sluice, until
+from tests.test_55_mount_budgets import stopped
 from tools.servers import Faults, SeaweedServer, SlowProxy
 
 IMPATIENT = ("--retry=1", "--read-timeout=0.5", "--connect-timeout=0.5")
@@ -339,3 +342,20 @@ def test_nonsense_on_the_control_socket_ends_no_process(mounting: Mounting, fold
     assert mount.pids() == pids and all(is_alive(pid) for role in pids.values() for pid in role)
     assert mount.read_anew("file") == b"1"
     assert "Traceback" not in mount.log()
+
+
+def test_readers_who_wait_for_the_lake_are_in_nobody_elses_way(mounting: Mounting, folder: Folder) -> None:
+    """However many they are, one worker answers for what is cached."""
+    for number in range(151):
+        folder.put(f"f{number}", b"%d" % number)
+    mount = mounting.mount(folder.url, "--read-only", "--workers=1", "--read-ahead=none")
+    assert mount.read_anew("f150") == b"150"
+    (mover,) = mount.pids()["mover"]
+    with ThreadPoolExecutor(150) as threads:
+        with stopped(mover):
+            waiting = [threads.submit((mount.directory / f"f{number}").read_bytes) for number in range(150)]
+            time.sleep(1)
+            assert not any(reader.done() for reader in waiting)
+            with ThreadPoolExecutor(1) as other:
+                assert other.submit(mount.read_anew, "f150").result(20) == b"150"
+        assert [int(reader.result()) for reader in waiting] == list(range(150))
