@@ -22,7 +22,7 @@ _FITTING_MIN = 64  # Fewer opens than these fit any order.
 _READ_SHARE = 0.9  # An order of which so much is read is over.
 _GAP_MAX = 1 << 16
 _LOOK_SHARE = (
-    8  # A look at what is read here takes the longer the more was read: it is made ever more seldom.
+    8  # Looking for what is read here takes the longer the more was read: it is made ever less often.
 )
 _PERIOD_ROWS = 16  # So often must a part of the order have been left out for us to call it another's.
 _PERIODS = sorted({factor << power for factor in (1, 3, 5, 7) for power in range(12)} - {1})
