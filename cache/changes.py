@@ -36,7 +36,7 @@ from cache.tree import TreeChange, attributes_of, xattrs_bytes
 
 log = logging.getLogger(__name__)
 
-_ANSWERS_MAX = 4096  # Between a change and its second coming there are fewer others.
+_ANSWERS_MAX = 32768  # Between a change and its second coming there are fewer others.
 _BUDGET_EVERY_S = 0.2
 _LINGER_S = 5.0  # So long what was replaced can be opened by those who had just looked it up.
 _ASK_AGAIN_S = 300.0  # So long AwaitRoom is answered after at the latest: far less than a worker waits.
@@ -104,8 +104,10 @@ class Changes:
 
     # Changes
 
-    async def apply(self, request: messages.Change, id: int) -> Answer:
+    async def apply(self, request: messages.Change, id: int, resends: int | None = None) -> Answer:
         """Carry out *request*, unless the change *id* happened before; return its answer.
+
+        *resends*: of who asks, see `messages.Asked`; None: nobody replaces him.
 
         Raises NamespaceError, MountReadOnly, StagingFull, LakeError, CacheError.
         """
@@ -117,7 +119,7 @@ class Changes:
         await self._look(request)
         changed: list[TreeChange] = []
         try:
-            answer = await self._committer.commit(lambda w: self._once(w, request, id, changed))
+            answer = await self._committer.commit(lambda w: self._once(w, request, id, resends, changed))
         except BaseException:
             self._undo(changed, request)
             raise
@@ -125,7 +127,11 @@ class Changes:
         return answer
 
     def apply_nowait(
-        self, request: messages.Create | messages.SetAttributes, id: int, then: Callable[[Answer], None]
+        self,
+        request: messages.Create | messages.SetAttributes,
+        id: int,
+        then: Callable[[Answer], None],
+        resends: int | None = None,
     ) -> bool:
         """Do what `apply` does in the transaction that `Committer.flush_due` ends; *then* gets the answer.
 
@@ -148,7 +154,9 @@ class Changes:
                 self._follow_up(changed, request)
                 then(answers[-1])
 
-        self._committer.commit_due(lambda w: answers.append(self._once(w, request, id, changed)), end)
+        self._committer.commit_due(
+            lambda w: answers.append(self._once(w, request, id, resends, changed)), end
+        )
         return True
 
     def _undo(self, changed: list[TreeChange], request: messages.Change) -> None:
@@ -194,7 +202,24 @@ class Changes:
         if self._read_only_because:
             raise MountReadOnly(self._read_only_because)
 
-    def _once(self, w: IndexWriter, request: messages.Change, id: int, changed: list[TreeChange]) -> Answer:
+    def _check_current(self, resends: int | None) -> None:
+        """Raise SluiceError where the worker that asked has been replaced since.
+
+        The kernel has sent his requests again. What is late of them might undo what was done after these
+        were answered.
+        """
+        if resends is not None and self._opens is not None and resends != self._opens.resends:
+            raise SluiceError("the worker that asked for it has been replaced")
+
+    def _once(
+        self,
+        w: IndexWriter,
+        request: messages.Change,
+        id: int,
+        resends: int | None,
+        changed: list[TreeChange],
+    ) -> Answer:
+        self._check_current(resends)
         known = w.answer(id) if id else None
         if known is not None:  # It came twice at one time.
             return _unpack(known)
@@ -257,22 +282,24 @@ class Changes:
 
     # Files that are written
 
-    async def stage(self, inode: int, keep_bytes: int) -> int:
-        """Return the number of the file's staging file: see `messages.Stage`.
+    async def stage(self, inode: int, keep_bytes: int, resends: int | None = None) -> int:
+        """Return the number of the file's staging file: see `messages.Stage`, and `apply` for *resends*.
 
         Raises LakeError, StagingFull, CacheError, NamespaceError, MountReadOnly.
         """
         self._check()
+        self._check_current(resends)
         number = await self._copy_up.stage(inode, keep_bytes)
         rows = [row for _, row in self._table.of_inode(inode) if isinstance(row, Put)]
         if any(_reopened(row, keep_bytes) != row for row in rows):
-            await self._committer.commit(lambda w: self._reopen(w, inode, keep_bytes))
+            await self._committer.commit(lambda w: self._reopen(w, inode, keep_bytes, resends))
         if any(0 <= keep_bytes < row.synced_bytes for row in rows):
             # Before it is written to: else a power loss would leave new bytes at the old length.
             await self._keeper.settled()
         return number
 
-    def _reopen(self, w: IndexWriter, inode: int, keep_bytes: int) -> None:
+    def _reopen(self, w: IndexWriter, inode: int, keep_bytes: int, resends: int | None) -> None:
+        self._check_current(resends)
         for seq, row in self._table.of_inode(inode):
             if isinstance(row, Put) and (reopened := _reopened(row, keep_bytes)) != row:
                 self._table.replace(w, seq, reopened)
@@ -345,7 +372,7 @@ class Changes:
     def _forget(self, w: IndexWriter, inode: int) -> int:
         """Forget an unlinked file unless it is open; return the staging file that is nobody's now, or 0."""
         node = w.node(inode)
-        if node is None or (self._opens is not None and self._opens.state(inode).is_open):
+        if node is None or (self._opens is not None and not self._opens.leave_unless_open(inode)):
             return 0
         for seq, row in self._table.of_inode(inode):
             if isinstance(row, Orphan):
@@ -364,20 +391,21 @@ class Changes:
         except SluiceError as error:
             log.warning("replaced files stay until the next mount: %s", error)
 
-    async def sync(self, inode: int, length_bytes: int, remote: bool) -> None:
+    async def sync(self, inode: int, length_bytes: int, remote: bool, resends: int | None = None) -> None:
         """Return when all that was changed so far is durable: see `messages.Sync`.
 
         Raises MountReadOnly; LakeError where the lake refuses the file.
         """
         if length_bytes >= 0 and any(isinstance(row, Put) for _, row in self._table.of_inode(inode)):
-            await self._committer.commit(lambda w: self._note_synced(w, inode, length_bytes))
+            await self._committer.commit(lambda w: self._note_synced(w, inode, length_bytes, resends))
         else:
             self._committer.flush()  # What waits there was changed before, too.
         await self._keeper.settled()
         if remote:
             await self._sender.wait_for(inode)
 
-    def _note_synced(self, w: IndexWriter, inode: int, length_bytes: int) -> None:
+    def _note_synced(self, w: IndexWriter, inode: int, length_bytes: int, resends: int | None) -> None:
+        self._check_current(resends)
         for seq, row in self._table.of_inode(inode):
             if not isinstance(row, Put):
                 continue

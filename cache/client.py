@@ -52,9 +52,13 @@ def id_of(request: messages.Request, id: int) -> int:
 class SocketMoverClient:
     """The client over a Unix socket. `run` must be started before the first request."""
 
-    def __init__(self, path: str, on_invalidate: OnInvalidate, patience_s: float) -> None:
-        """*patience_s*: how long movers that die before they answer anything are borne with."""
+    def __init__(self, path: str, on_invalidate: OnInvalidate, patience_s: float, resends: int = 0) -> None:
+        """*patience_s*: how long movers that die before they answer anything are borne with.
+
+        *resends*: see `messages.Asked`.
+        """
         self._path = path
+        self._resends = resends
         self._patience_s = patience_s
         self._heard_s = 0.0  # When a mover last answered, or a request began to wait for one.
         self._on_invalidate = on_invalidate
@@ -93,14 +97,14 @@ class SocketMoverClient:
         self._number += 1
         if not self._asked:
             self._heard_s = trio.current_time()
-        asked = messages.Asked(self._number, request, id_of(request, id))
+        asked = messages.Asked(self._number, request, id_of(request, id), self._resends)
         self._asked[self._number] = (asked, then)
         self._out += messages.frame(asked)
         self._send_now()
         return asked.number
 
     def tell(self, request: messages.Request) -> None:
-        self._out += messages.frame(messages.Asked(0, request))
+        self._out += messages.frame(messages.Asked(0, request, 0, self._resends))
         self._wake.set()  # It goes with the next question, or in the loop's next turn.
 
     def _send_now(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -59,6 +59,9 @@ class Committer:
         self._index = index
         self.on_rollback = on_rollback
         self.on_nodes: Callable[[set[int]], None] = _nothing  # Gets the nodes that a commit has changed.
+        # Gets (inode, name) for each name that a node is about to lose, before anybody sees it.
+        self.on_names: Callable[[list[tuple[int, bytes]]], None] = _nothing
+        self.on_end: Callable[[], None] = lambda: None  # Called when a transaction is over, come what may.
         self._pending: list[_Waiter[Any]] = []
         self._queued = trio.Event()
         self._hurry = trio.Event()
@@ -139,9 +142,12 @@ class Committer:
             with self._index.write() as writer:
                 for waiter in waiters:
                     waiter.apply(writer)
+                self.on_names(writer.lost_names)
             self.on_nodes(writer.changed_nodes)
         except Exception as failure:
             self._fail(waiters, failure)
+        finally:
+            self.on_end()
         for waiter in waiters:
             waiter.tell()
 
@@ -157,5 +163,5 @@ class Committer:
         self.on_rollback()
 
 
-def _nothing(inodes: set[int]) -> None:
-    """Nobody remembers nodes."""
+def _nothing(changed: Iterable[object]) -> None:
+    """Nobody remembers nodes or names."""

@@ -47,6 +47,7 @@ class IndexWriter:
         self._entries: dict[int, int] = {}  # By how many entries directories grew: written once, at the end.
         self._nodes: dict[int, Node] = {}  # As of now, of those that were read or written here.
         self.changed_nodes: set[int] = set()  # Also those whose path shows something else now.
+        self.lost_names: list[tuple[int, bytes]] = []  # Which inodes had which names, and have them no more.
 
     def finish(self) -> None:
         """Write what goes with the changes: called once, last, by `Index.write`."""
@@ -133,6 +134,7 @@ class IndexWriter:
         self._txn.delete(child_key(old.parent, old.name), db=self._dbs["children"])
         self._txn.put(key, inode_key(inode), db=self._dbs["children"])
         self._changed_directories.update((old.parent, node.parent))
+        self.lost_names.append((inode, old.name))
         self.put_node(inode, node)
 
     def touch(self, directory: int, now_ns: int, entries: int) -> None:
@@ -151,6 +153,8 @@ class IndexWriter:
         for child, name in list(self.names(inode)):
             self._txn.delete(child_key(inode, name), db=self._dbs["children"])
             self.forget(child)
+        if (node := self.node(inode)) is not None:
+            self.lost_names.append((inode, node.name))
         self.changed_nodes.add(inode)
         self._nodes.pop(inode, None)
         for db in ("detached", "directories", "nodes"):

@@ -183,6 +183,10 @@ class Sync(msgspec.Struct, tag=20, array_like=True):
     remote: bool = False
 
 
+class Settle(msgspec.Struct, tag=22, array_like=True):
+    """Answered once the transaction that was under way when it was asked is over."""
+
+
 class AwaitRoom(msgspec.Struct, tag=21, array_like=True):
     """Answered when the dirty bytes are below --dirty-max again, or after minutes: ask again then."""
 
@@ -250,6 +254,7 @@ Request = (
     | Stage
     | Closed
     | Sync
+    | Settle
     | AwaitRoom
     | TakeSnapshot
     | ReadSnapshot
@@ -266,11 +271,15 @@ class Asked(msgspec.Struct, array_like=True):
 
     *id* names a Change for ever: the kernel's own number of the request it came with, which it keeps
     when it sends the request again to another worker. One that comes twice happens once.
+
+    *resends*: `OpenTable.resends` when the worker began. What a worker asked for that was replaced since
+    has been, or will be, asked for again, so it changes nothing any more.
     """
 
     number: int
     request: Request
     id: int = 0
+    resends: int = 0
 
 
 class Answer(msgspec.Struct, tag=1, array_like=True):

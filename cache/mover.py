@@ -63,6 +63,7 @@ from cache.write_path import (
     load_table,
     make_write_path,
     open_ledger,
+    tell_workers_by,
 )
 
 log = logging.getLogger(__name__)
@@ -139,10 +140,10 @@ class Mover:
             return Sample(0, 0)
         return Sample(len(page.objects), sum(info.version.size_bytes for info in page.objects))
 
-    async def handle(self, request: messages.Request, id: int = 0) -> Answer:
+    async def handle(self, request: messages.Request, id: int = 0, resends: int | None = None) -> Answer:
         """Carry out one request. Raises SluiceError for `messages.failure` to pack.
 
-        *id* names a Change: see `messages.Asked`.
+        *id*, *resends*: see `messages.Asked`; None: who asks can't be replaced.
         """
         for recorder in self.recorders:
             recorder.note(request, time.time())
@@ -174,6 +175,8 @@ class Mover:
                     self._note_read(Inode(inode), offset, length)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
+            case messages.Settle():
+                pass  # Transactions run in this thread, in one go.
             case (
                 messages.TakeSnapshot()
                 | messages.ReadSnapshot()
@@ -183,7 +186,7 @@ class Mover:
             ):
                 return await self._control(request)
             case _:
-                return await self._write(request, id)
+                return await self._write(request, id, resends)
         return Answer(0)
 
     async def _control(self, request: messages.ControlRequest) -> Answer:
@@ -230,7 +233,9 @@ class Mover:
         if self.ahead is not None:
             self.ahead.used(Inode(inode), now_s)
 
-    def begin_nowait(self, request: messages.Request, id: int, then: Callable[[Answer], None]) -> bool:
+    def begin_nowait(
+        self, request: messages.Request, id: int, then: Callable[[Answer], None], resends: int
+    ) -> bool:
         """Begin what waits for the next commit alone: see `Committer.flush_due`. *then* gets the answer.
 
         Returns False, with nothing done, for what `handle` is for.
@@ -241,29 +246,32 @@ class Mover:
             return self.write_path.changes.closed_nowait(request.inode)
         if isinstance(request, messages.Create | messages.SetAttributes):
             self.keeper.names_changed()
-            return self.write_path.changes.apply_nowait(request, id, then)
+            return self.write_path.changes.apply_nowait(request, id, then, resends)
         return False
 
     async def _write(
         self,
         request: messages.Change | messages.Stage | messages.Closed | messages.Sync | messages.AwaitRoom,
         id: int,
+        resends: int | None,
     ) -> Answer:
         if self.write_path is None:
             raise MountReadOnly("mounted with --read-only")
         changes = self.write_path.changes
         match request:
             case messages.Stage(inode, keep_bytes):
-                number = await self._of_version(Inode(inode), lambda _: changes.stage(inode, keep_bytes))
+                number = await self._of_version(
+                    Inode(inode), lambda _: changes.stage(inode, keep_bytes, resends)
+                )
                 return Answer(0, value=number)
             case messages.Closed(inode):
                 await changes.closed(inode)
             case messages.Sync(inode, length_bytes, remote):
-                await changes.sync(inode, length_bytes, remote)
+                await changes.sync(inode, length_bytes, remote, resends)
             case messages.AwaitRoom():
                 await changes.await_room()
             case _:
-                answer = await changes.apply(request, id)
+                answer = await changes.apply(request, id, resends)
                 if isinstance(request, messages.Rename):
                     self.keeper.renamed(request.new_parent, request.new_name)
                 self.keeper.names_changed()
@@ -389,8 +397,7 @@ async def run_mover(
         else:
             store_id = read_store_id(config.index_directory)
             ledger = open_ledger(config.index_directory, store_id, index, table, first=first)
-            committer.on_nodes = shared.opens.generations.changed
-            shared.opens.generations.begin()
+            tell_workers_by(shared, committer)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
             fetcher = Fetcher(

@@ -47,13 +47,14 @@ _PLACE, _VALUE, _KEY, _REQUEST, _EXCESS, _KEYS = 0, 1, 2, 3, 4, 8
 _VALUES = _KEYS + _SLOTS
 _WORDS = _VALUES + _SLOTS
 # In front of the buckets: the numbers of requests, which objects were last given to the kernel (eight
-# bytes of the version id, the inode, the file's number on its disk), and who is registering a backing file
-# just now.
+# bytes of the version id, the inode, the file's number on its disk), who is registering a backing file
+# just now, and how often the kernel was made to send requests again.
 OBJECTS = 1 << 16
 _OBJECT_WORDS = 3
 _FIRST_OBJECT = REQUESTS
 _REGISTERING = _FIRST_OBJECT + _OBJECT_WORDS * OBJECTS
 _LARGEST_ID = _REGISTERING + 1
+_RESENDS = _REGISTERING + 2
 _FIRST_BUCKET = _REGISTERING + 8
 # An entry's value: readers in bits 0 to 19, writers in bits 20 to 31, the backing id above, and in the
 # highest bit whether an open was answered without one.
@@ -61,7 +62,7 @@ _READERS_MAX, _WRITERS_MAX = (1 << 20) - 1, (1 << 12) - 1
 _WRITERS_SHIFT, _BACKING_SHIFT = 20, 32
 BACKING_ID_MAX = (1 << 31) - 1
 _ANSWERED_CACHED = 1 << 63
-_MAPPED_CELLS = 1 << 16
+_MAPPED_CELLS = _LEAVING_CELLS = 1 << 16
 
 # For fusefs/counted.c, which changes entries, too.
 LAYOUT = (REQUESTS, _FIRST_BUCKET, BUCKETS, _WORDS, _KEYS, _SLOTS)
@@ -118,6 +119,8 @@ class OpenTable:
         self._holder = 0
         self.is_held = bytearray(1)  # Whether a thread of this process has the lock: for fusefs/counted.c.
         self._mapped = mmap.mmap(-1, _MAPPED_CELLS)
+        self._leaving = mmap.mmap(-1, _LEAVING_CELLS)
+        self._marked: list[int] = []  # Cells of `_leaving`: the mover's.
         self.generations = Generations()
 
     def opened(self, inode: int, *, writing: bool = False, request: int = 0) -> OpenState:
@@ -161,6 +164,52 @@ class OpenTable:
         These are in cached mode, are part of `state`, and come here when they are released.
         """
         return self._grants is not None and self._grants.withdraw(inode) > 0
+
+    # Requests that are sent again
+
+    @property
+    def resends(self) -> int:
+        """Return how often the kernel was made to send again what was unanswered.
+
+        It is another number before anybody receives such a request, and no worker of before is left then.
+        """
+        return self._cells[_RESENDS]
+
+    def note_resend(self) -> None:
+        """The workers are dead, and the kernel is about to be told to send their requests again."""
+        self._cells[_RESENDS] += 1
+
+    # Inodes that leave
+
+    def leave_unless_open(self, inode: int) -> bool:
+        """Return whether nobody has *inode* open; the mover then takes its node out of the index.
+
+        Who opens it from now on finds `may_leave`, until `left` says that the transaction is over: he waits
+        for that, and looks whether the node is there. One of the two sees the other.
+        """
+        cell = inode % _LEAVING_CELLS
+        self._leaving[cell] = 1
+        self._marked.append(cell)
+        self.withdraw_grant(inode)
+        with self.held(inode) as held:
+            return not held.state.is_open
+
+    def left(self) -> None:
+        """The mover's transaction is over."""
+        for cell in self._marked:
+            self._leaving[cell] = 0
+        self._marked.clear()
+
+    def begin_leaving(self) -> None:
+        """A mover begins: what an earlier one was about to take out is still there, or gone."""
+        self._leaving[:] = bytes(_LEAVING_CELLS)
+
+    def may_leave(self, inode: int) -> bool:
+        """Return whether *inode*, or one that shares its cell, may be about to leave.
+
+        To be asked once the open is counted.
+        """
+        return bool(self._leaving[inode % _LEAVING_CELLS])
 
     # Objects in passthrough
 

@@ -92,7 +92,8 @@ class WorkerConnection:
 
     def _begin(self, asked: messages.Asked) -> None:
         try:
-            is_begun = self._mover.begin_nowait(asked.request, asked.id, partial(self._put, asked.number))
+            put = partial(self._put, asked.number)
+            is_begun = self._mover.begin_nowait(asked.request, asked.id, put, asked.resends)
         except Exception:  # `_answer` meets it again, and tells the worker.
             is_begun = False
         if not is_begun:
@@ -132,7 +133,7 @@ class WorkerConnection:
 
     async def _answer(self, asked: messages.Asked) -> None:
         try:
-            answer = await self._mover.handle(asked.request, asked.id)
+            answer = await self._mover.handle(asked.request, asked.id, asked.resends)
         except SluiceError as error:
             answer = messages.failure(asked.number, error)
         except Exception as error:

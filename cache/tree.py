@@ -127,12 +127,9 @@ class TreeChange:
         above = self._w.path_of(parent)
         return above + b"/" + name if above else name
 
-    def _is_open(self, inode: int) -> bool:
-        """Return whether somebody has it open: whoever opens or closes it from now on is counted."""
-        if self._opens is None:
-            return True
-        self._opens.withdraw_grant(inode)
-        return self._opens.state(inode).is_open
+    def _may_go(self, inode: int) -> bool:
+        """Return whether nobody has it open, nor gets it opened any more."""
+        return self._opens is not None and self._opens.leave_unless_open(inode)
 
     def _attributes(self, node: Node) -> Attributes:
         return attributes_of(node, self._owner)
@@ -242,7 +239,7 @@ class TreeChange:
         self.left.append(inode)
         is_replaced = is_replaced and not node.is_directory
         self.replaced += [inode] if is_replaced else []
-        if node.is_directory or not (is_replaced or self._is_open(inode)):
+        if node.is_directory or (not is_replaced and self._may_go(inode)):
             self._w.forget(inode)
             self.discarded += [node.staged] if node.staged else []
         elif node.staged:

@@ -381,6 +381,8 @@ class Puts:
             status = self._staging.stat(row.staged)
             row = replace(row, attributes=as_written(row.attributes, status))
             own = own and as_written(own, status)
+            # As it was shown; the link that made a cached file of it has changed that of the staging file.
+            own = own and replace(own, ctime_ns=max(own.ctime_ns, content.ctime_ns))
         key, etag, size_bytes = os.fsencode(content.key), info.version.etag, info.version.size_bytes
         self._table.running.end(seq)
         if node is not None:

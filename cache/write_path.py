@@ -22,6 +22,7 @@ from cache.journal import Journal
 from cache.journaling import JournalKeeper
 from cache.lister import Lister
 from cache.opens import OpenTable
+from cache.passed_names import PassedNames
 from cache.pending import PendingTable, decode_pending
 from cache.recovery import Recovered, recover
 from cache.residency import Residency
@@ -43,6 +44,9 @@ class Shared(Protocol):
 
     @property
     def features(self) -> Features: ...
+
+    @property
+    def passed_names(self) -> PassedNames: ...
 
 
 @dataclass
@@ -84,6 +88,15 @@ def open_ledger(directory: Path, store_id: str, index: Index, table: PendingTabl
 def load_table(table: PendingTable, index: Index) -> None:
     """Have *table* say what the index does: at a start, and after a commit that failed."""
     table.load((seq, decode_pending(packed)) for seq, packed in index.pending_rows())
+
+
+def tell_workers_by(shared: Shared, committer: Committer) -> None:
+    """Have workers see in shared memory what transactions change. To be called before the first of them."""
+    committer.on_nodes = shared.opens.generations.changed
+    committer.on_names = shared.passed_names.note
+    committer.on_end = shared.opens.left
+    shared.opens.generations.begin()
+    shared.opens.begin_leaving()
 
 
 def dirty_bytes_max(directory: Path) -> int:

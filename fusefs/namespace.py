@@ -10,6 +10,7 @@ from cache.client import MoverClient
 from cache.index import Index
 from cache.messages import List, Lookup, RelistAhead
 from cache.model import CONTROL_NAME, KIND_FIFO, KIND_SOCKET, ROOT_INODE, Inode
+from cache.passed_names import PassedNames, cookie_of, inode_of_cookie
 from cache.policy.freshness import FOREVER_S, Freshness
 from cache.records import DirectoryState, Node
 
@@ -33,11 +34,14 @@ class Namespace:
         index: Index,
         mover: MoverClient,
         freshness: Freshness,
+        passed_names: PassedNames | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """*passed_names*: None where no name is changed here."""
         self._index = index
         self._mover = mover
         self._freshness = freshness
+        self._passed_names = passed_names
         self._clock = clock
         self._relist_told_s: dict[Inode, float] = {}
 
@@ -120,21 +124,29 @@ class Namespace:
         return state.changed_at_ns if state is not None and self._remaining(state) > 0 else None
 
     def entries(self, inode: Inode, cookie: int, limit: int) -> list[Entry]:
-        """Return up to *limit* entries behind *cookie*: 0, or the inode of the last entry given.
+        """Return up to *limit* entries behind *cookie*: 0, or `cookie_of` the last entry given.
 
-        The order is that of the names, so entries that come or go meanwhile disturb no reader,
-        and any worker can go on where another stopped.
+        The order is that of the names, so entries that come, go or are renamed meanwhile disturb no
+        reader, and any worker can go on where another stopped.
         """
-        after = b""
-        if cookie:
-            last = self._index.node(cookie)
-            after = last.name if last is not None else b""
+        after = self._passed(inode, cookie) if cookie else b""
         state = self._index.directory(inode)
         valid_s = self._remaining(state) if state is not None else 0.0
         children = self._index.children(inode, after, limit)
         if inode == ROOT_INODE:  # Of an index from before there was a control directory.
             children = [found for found in children if found[1].name != CONTROL_NAME]
         return [Entry(child, node, valid_s) for child, node in children]
+
+    def _passed(self, directory: Inode, cookie: int) -> bytes:
+        """Return the name that *cookie* stands for; where that is forgotten, b"": from the beginning."""
+        inode = inode_of_cookie(cookie)
+        node = self._index.node(inode)
+        if node is not None and cookie_of(inode, node.name) == cookie:
+            return node.name
+        passed = self._passed_names.name_of(cookie) if self._passed_names is not None else None
+        if passed is not None:
+            return passed
+        return node.name if node is not None and node.parent == directory else b""
 
 
 def _is_local(node: Node) -> bool:

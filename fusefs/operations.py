@@ -13,6 +13,7 @@ import pyfuse3
 from cache.config import MountConfig
 from cache.counters import ShownDirectories
 from cache.model import NAME_BYTES_MAX, Inode
+from cache.passed_names import cookie_of
 from fusefs import direct, grants
 from fusefs.changing import ChangingOperations
 from fusefs.channel import last_unique, pass_through
@@ -108,10 +109,11 @@ class Operations(ChangingOperations):
                 self.shown.note(inode, changed_at_ns)  # The kernel caches from the start again.
         while entries := namespace.entries(inode, start_id, _READDIR_CHUNK):
             for entry in entries:
-                name = pyfuse3.FileNameT(entry.node.name)
-                if not pyfuse3.readdir_reply(token, name, self._attributes(entry), entry.inode):
+                name, cookie = entry.node.name, cookie_of(entry.inode, entry.node.name)
+                attributes = self._attributes(entry)
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, cookie):
                     return
-                start_id = entry.inode
+                start_id = cookie
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         self.counters.add("requests")

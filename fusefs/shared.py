@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cache.config import MountConfig
 from cache.counters import Counters, Features, WriteBudget
 from cache.opens import OpenTable
+from cache.passed_names import PassedNames
 from fusefs import grants
 from fusefs.grants import Grants
 
@@ -23,9 +24,10 @@ class Shared:
     grants: Grants | None
     budget: WriteBudget
     features: Features
+    passed_names: PassedNames
 
     @classmethod
     def make(cls, config: MountConfig) -> Shared:
         given = grants.made() if config.workers else None  # 0: all of it in Python, for debugging.
         counters = Counters(max(1, config.workers) + 1)
-        return cls(counters, OpenTable(given), given, WriteBudget(), Features())
+        return cls(counters, OpenTable(given), given, WriteBudget(), Features(), PassedNames())

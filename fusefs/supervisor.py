@@ -58,6 +58,11 @@ class Child:
     started_s: float = 0.0
     failures: int = 0
     due_s: float | None = None  # When it is to be started again.
+    makes_way: bool = False  # We killed it.
+
+    @property
+    def is_worker(self) -> bool:
+        return self.row > 0
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Mount:
     sample: tuple[int, int] = (0, 0)  # Objects of the lake and their bytes.
     device: int = -1
     in_thread: bool = False  # How workers receive: see receiver.c.
+    resends: bool = False  # The kernel sends unanswered requests again when it is told to.
     children: list[Child] = field(default_factory=list)
     unmounted: bool = False
 
@@ -228,12 +234,13 @@ def _mount_and_shake_hands(mount: Mount) -> ControlOperations:
     operations.take_features(mount.shared, mount.device)
     # Who polls the device is woken for each request of all workers, who waits in read(2) for his own.
     mount.in_thread = config.workers > 1 and channel.can_receive_in_thread()
+    mount.resends = device.resend_requests(mount.device)  # There are none yet.
     os.set_blocking(mount.device, mount.in_thread or NO_CHANNEL is not None)
     return operations
 
 
 def _start(mount: Mount, child: Child) -> None:
-    child.due_s, child.started_s = None, time.monotonic()
+    child.due_s, child.started_s, child.makes_way = None, time.monotonic(), False
     child.pid = os.fork()
     if child.pid == 0:
         child.start()
@@ -274,8 +281,8 @@ def _watch(mount: Mount, announce: Callable[[], None]) -> None:
     if failure := device.set_read_ahead(mount.config.mountpoint, READ_AHEAD_KIB):
         log.info("the kernel reads ahead 128 KiB only: %s", failure)
     while not mount.unmounted:
-        due = [child.due_s for child in mount.children if child.due_s is not None]
-        wait_s = max(0.01, min(due) - time.monotonic()) if due else 3600.0
+        due_s = min((child.due_s for child in mount.children if child.due_s is not None), default=None)
+        wait_s = 3600.0 if due_s is None else max(0.01, due_s - time.monotonic())
         received = signal.sigtimedwait(_SIGNALS, wait_s)
         if received is not None and received.si_signo in _STOP_SIGNALS:
             log.info("signal %d: unmounting", received.si_signo)
@@ -285,11 +292,41 @@ def _watch(mount: Mount, announce: Callable[[], None]) -> None:
             _check_answer(mount, ended[asking])
             asking = 0  # A worker may come to have its number.
             announce()
-        for child in mount.children:
-            if child.due_s is not None and child.due_s <= time.monotonic() and not mount.unmounted:
-                _start(mount, child)
-                if child.name != "mover":
-                    device.resend_requests(mount.device)
+        _start_due(mount)
+
+
+def _start_due(mount: Mount) -> None:
+    """Start what is to be started again by now."""
+    now_s = time.monotonic()
+    due = [child for child in mount.children if child.due_s is not None and child.due_s <= now_s]
+    if mount.unmounted or not due:
+        return
+    if mount.resends and any(child.is_worker for child in due):
+        due = [child for child in due if not child.is_worker] + _await_all_workers(mount)
+    for child in due:
+        _start(mount, child)
+
+
+def _await_all_workers(mount: Mount) -> list[Child]:
+    """Return the workers that are to be started, once all are dead and the kernel was told to send again
+    what they had; before that, none. Those that are alive are killed.
+
+    The kernel sends again all that is unanswered, also what healthy workers hold. Were these to go on, they
+    would carry out late what another one has answered by then: a truncation, or a write, of a file that was
+    written to and synced since. Who is dead and reaped does nothing late. For the same reason none starts
+    before the kernel was told: it would hold new requests by then.
+    """
+    workers = [child for child in mount.children if child.is_worker]
+    alive = [child for child in workers if child.pid]
+    for child in alive:
+        if not child.makes_way:
+            child.makes_way = True
+            os.kill(child.pid, signal.SIGKILL)
+    if alive:
+        return []
+    mount.shared.opens.note_resend()
+    device.resend_requests(mount.device)
+    return workers
 
 
 def _reap(mount: Mount) -> dict[int, int]:
@@ -310,10 +347,13 @@ def _reap(mount: Mount) -> dict[int, int]:
 
 
 def _note_death(mount: Mount, child: Child, code: int) -> None:
-    if code == 0 and child.name != "mover":
+    if code == 0 and child.is_worker:
         mount.unmounted = True  # The kernel told the worker so.
         return
     now_s = time.monotonic()
+    if child.makes_way:
+        child.due_s = now_s
+        return
     child.failures = 0 if now_s - child.started_s > _LIVED_LONG_S else child.failures + 1
     wait_s = min(_RESTART_S_MAX, 0.05 * 2 ** max(0, child.failures - 2)) if child.failures > 1 else 0.0
     child.due_s = now_s + wait_s

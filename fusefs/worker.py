@@ -66,7 +66,8 @@ def equip(
     row: int,
 ) -> list[Callable[[], Awaitable[None]]]:
     """Give *operations* what it answers with; return what is to run beside it. *row*: of the counters."""
-    namespace = Namespace(index, mover, Freshness(config.ttl_s, config.immutable))
+    freshness = Freshness(config.ttl_s, config.immutable)
+    namespace = Namespace(index, mover, freshness, None if config.read_only else shared.passed_names)
     counters = shared.counters.row(row)
     counters.set("pid", os.getpid())
     operations.control = ControlDirectory(mover, read_only=config.read_only)
@@ -161,7 +162,8 @@ async def run_worker(
     index = Index(config.index_directory)
     try:
         async with trio.open_nursery() as nursery:
-            mover = SocketMoverClient(socket_path, invalidate, config.retry_s + _PATIENCE_S)
+            patience_s = config.retry_s + _PATIENCE_S
+            mover = SocketMoverClient(socket_path, invalidate, patience_s, shared.opens.resends)
             nursery.start_soon(mover.run)
             for task in equip(operations, config, index, tiers, mover, shared, row):
                 nursery.start_soon(task)

@@ -5,7 +5,7 @@ the number of the kernel's request (*id*): should this worker die, the kernel se
 to another one, with the same number, and the mover sees that it was carried out already.
 
 While a file is counted as open for writing (`OpenTable`), its staging file stays what it is. So a
-verb that writes either has a handle for writing, or counts itself as one (`_counted`).
+verb that writes either has a handle for writing, or counts itself as one (`OpenCounts.as_writer`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,7 +32,6 @@ from cache.errors import (
 from cache.index import Index
 from cache.messages import (
     Change,
-    Closed,
     Create,
     MakeDirectory,
     MakeNode,
@@ -50,6 +47,7 @@ from cache.records import Node
 from cache.staging import StagingFiles
 from fusefs.durability import Durability
 from fusefs.filesystem import GRANTED_BIT, WRITING_BIT, Filesystem, inode_of
+from fusefs.open_counts import OpenCounts
 from fusefs.passthrough import Passthrough
 from fusefs.staged_io import (
     Room,
@@ -71,7 +69,6 @@ _CUT_IN_THREAD_BYTES = 64 * MIB  # Giving so much back to the disk's file system
 _TRIES_MAX = 6
 _XATTR_PREFIX = b"user."
 _KINDS = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
-_CLOSING = 1  # The lowest bit of a request's number is free (linux/fuse.h: FUSE_INT_REQ_BIT).
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +105,7 @@ class Writing:
         self.staging = staging
         self._opens = opens
         self._passthrough = passthrough
+        self._counts = OpenCounts(index, mover, opens, passthrough)
         self.passes_staged = passes_staged and passthrough is not None
         self._staging_device = os.stat(staging.directory).st_dev
         self._gate = gate
@@ -150,7 +148,7 @@ class Writing:
     def created(self, inode: Inode, id: int) -> int:
         """Return the handle of a file that the mover has just made."""
         if self._passthrough is None or self.passes_staged:
-            self._count_open(inode, writing=True, id=id)
+            self._counts.opened(inode, writing=True, id=id)
         else:  # What `begin` would do comes with it.
             self._passthrough.opened(inode, None, writing=True, request=id)
         return inode | WRITING_BIT
@@ -193,8 +191,9 @@ class Writing:
         writing = cuts or flags & os.O_ACCMODE != os.O_RDONLY
         if writing and (self.passes_staged or self._is_passed_through(inode)):
             await self._gate.enter()  # The kernel might send no write afterwards.
-        self._count_open(inode, writing=writing, id=id)
+        self._counts.opened(inode, writing=writing, id=id)
         try:
+            await self._counts.settled(inode)
             if cuts:
                 await self._cut(inode, 0)
                 return inode | WRITING_BIT
@@ -204,7 +203,7 @@ class Writing:
                 await self._stage(inode, -1)
             handle = await self._filesystem.open_file(inode)
         except BaseException:
-            self._count_closed(inode, writing=writing, id=id and id | _CLOSING)
+            self._counts.failed(inode, writing=writing, id=id)
             raise
         return handle | (WRITING_BIT if writing else 0)
 
@@ -286,48 +285,10 @@ class Writing:
     def release(self, handle: int, id: int) -> None:
         inode = inode_of(handle)
         if not handle & GRANTED_BIT:
-            self._count_closed(inode, writing=bool(handle & WRITING_BIT), id=id)
+            self._counts.closed(inode, writing=bool(handle & WRITING_BIT), id=id)
             return
         self._filesystem.end(handle, id)
-        if self._opens is not None and not self._opens.state(inode).is_open and self._awaits_close(inode):
-            self._mover.tell(Closed(inode))
-
-    def _count_open(self, inode: Inode, *, writing: bool, id: int) -> None:
-        self._count(inode, writing=writing, id=id)
-        if writing and self._opens is not None:
-            self._opens.withdraw_grant(inode)
-
-    def _count(self, inode: Inode, *, writing: bool, id: int) -> None:
-        if self._passthrough is not None:
-            self._passthrough.counted(inode, writing=writing, request=id)
-        elif self._opens is not None:
-            self._opens.opened(inode, writing=writing, request=id)
-
-    def _count_closed(self, inode: Inode, *, writing: bool, id: int) -> None:
-        """Count a close; tell the mover when nobody writes any more, or has the unlinked file open."""
-        if self._opens is None:
-            self._mover.tell(Closed(inode))
-            return
-        counts = self._passthrough or self._opens
-        state = counts.closed(inode, writing=writing, request=id)
-        if (writing and not state.may_be_written) or (not state.is_open and self._awaits_close(inode)):
-            self._mover.tell(Closed(inode))
-
-    def _awaits_close(self, inode: Inode) -> bool:
-        """Return whether the mover does something once nobody has the file open, readers included."""
-        if self._index.is_detached(inode):
-            return True
-        node = self._index.node(inode)
-        return self._passthrough is not None and node is not None and node.staged != 0
-
-    @contextmanager
-    def _counted(self, inode: Inode, id: int) -> Iterator[None]:
-        """Count as a writer. Should we die inside, the request comes again and sets the count right."""
-        self._count_open(inode, writing=True, id=id)
-        try:
-            yield
-        finally:
-            self._count_closed(inode, writing=True, id=id and id | _CLOSING)
+        self._counts.closed_granted(inode)
 
     # Bytes
 
@@ -374,7 +335,7 @@ class Writing:
         """truncate(2) and ftruncate(2). A file of that size already is not touched."""
         if size_bytes > OBJECT_BYTES_MAX:
             raise FileTooLarge(f"no object of a lake has more than {OBJECT_BYTES_MAX} bytes")
-        with self._counted(inode, id):
+        async with self._counts.as_writer(inode, id):
             node = self._node(inode)
             if node.staged or node.size_bytes != size_bytes:
                 await self._cut(inode, size_bytes)

@@ -421,6 +421,49 @@ def test_nobody_opens_an_inode_while_another_process_decides_about_it(table: Ope
     os.close(tell)
 
 
+# What leaves
+
+
+def test_who_is_counted_sees_that_an_inode_may_leave_or_is_seen(table: OpenTable) -> None:
+    assert not table.may_leave(7)
+    table.opened(7)
+    assert not table.leave_unless_open(7)
+    table.closed(7)
+    assert table.leave_unless_open(7) and table.leave_unless_open(8)
+    assert table.may_leave(7) and table.may_leave(8) and not table.may_leave(9)
+    table.left()
+    assert not table.may_leave(7) and not table.may_leave(8)
+
+
+def test_an_open_that_the_channel_answered_keeps_an_inode() -> None:
+    class Granted:
+        counted = 1
+
+        def count(self, inode: int) -> int:
+            return self.counted
+
+        def withdraw(self, inode: int) -> int:
+            return self.counted
+
+    table = OpenTable(granted := Granted())
+    assert not table.leave_unless_open(7)
+    granted.counted = 0
+    assert table.leave_unless_open(7)
+
+
+def test_a_mover_takes_back_what_a_dead_one_was_about_to_take_out(table: OpenTable) -> None:
+    assert in_a_child(lambda: table.leave_unless_open(7)) == 0
+    assert table.may_leave(7)
+    table.begin_leaving()
+    assert not table.may_leave(7)
+
+
+def test_all_processes_know_how_often_requests_were_sent_again(table: OpenTable) -> None:
+    assert table.resends == 0
+    assert in_a_child(table.note_resend) == 0
+    assert table.resends == 1
+
+
 def test_what_was_noted_as_mapped_may_be_mapped_for_ever() -> None:
     table = OpenTable()
     assert not table.may_be_mapped(7)

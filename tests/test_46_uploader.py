@@ -46,6 +46,23 @@ async def test_a_closed_file_is_sent_and_stays_as_clean_cache(tmp_path: Path) ->
         assert lake.requests["get"] == 1  # The test's own.
 
 
+async def test_the_time_of_the_last_change_stays_as_it_was_shown(tmp_path: Path) -> None:
+    """A staged file's is that of its staging file, which the link that keeps it as a cached one changes."""
+    lake = WatchedLake()
+    async with mounted(tmp_path, lake) as mount:
+        inode = await mount.create("file")
+        mount.write(inode, SMALL)
+        node = mount.cache.index.node(inode)
+        assert node is not None and node.attributes is not None and mount.cache.writing is not None
+        shown_ns = mount.cache.writing.ledger.staging.stat(node.staged).st_ctime_ns
+        assert shown_ns > node.attributes.ctime_ns
+        await mount.close(inode)
+        await mount.drain()
+        node = mount.cache.index.node(inode)
+        assert node is not None and not node.staged and node.attributes is not None
+        assert node.attributes.ctime_ns == shown_ns
+
+
 async def test_metadata_says_mode_owner_time_checksum_and_whose_it_is(tmp_path: Path) -> None:
     lake = WatchedLake()
     async with mounted(tmp_path, lake) as mount:

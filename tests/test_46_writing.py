@@ -23,6 +23,7 @@ from cache.errors import (
     NameTooLong,
     NotSupported,
     ObjectChanged,
+    ObjectMissing,
     StagingFull,
 )
 from cache.index import Index
@@ -200,15 +201,48 @@ async def test_an_open_that_fails_is_not_counted(setting: Setting) -> None:
         assert not setting.opens.state(inode).is_open
 
 
+@pytest.mark.parametrize("is_gone", [False, True], ids=["stays", "gone"])
+async def test_who_opens_what_may_leave_waits_until_that_is_known(setting: Setting, is_gone: bool) -> None:
+    """The mover looks who has it open before its transaction; who opens it is counted after that."""
+    inode = setting.clean(b"file", 0)
+
+    def end_transaction(request: messages.Request) -> None:
+        if isinstance(request, messages.Settle):
+            assert setting.opens.state(inode).is_open
+            if is_gone:
+                with setting.index.write() as w:
+                    w.detach(ROOT_INODE, b"file")
+                    w.forget(inode)
+            setting.opens.left()
+
+    setting.mover.on_ask = end_transaction
+    for access in (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY | os.O_TRUNC, None):
+        assert setting.opens.leave_unless_open(inode)
+
+        async def use(access: int | None = access) -> None:
+            if access is None:
+                await setting.writing.set_size(inode, 0, 0)
+            else:
+                setting.writing.release(await setting.writing.open_file(inode, access, 0), 0)
+
+        if is_gone:
+            with pytest.raises(ObjectMissing):
+                await use()
+        else:
+            await use()
+        assert not setting.opens.state(inode).is_open
+    assert len(setting.mover.requests(messages.Settle)) == 4
+
+
 async def test_a_request_that_is_sent_again_is_counted_once(setting: Setting) -> None:
     """The worker that had it died after it counted, before or after it answered."""
     _, inode = await setting.create(id=2)
-    setting.writing._count_open(inode, writing=True, id=2)
+    setting.writing._counts.opened(inode, writing=True, id=2)
     assert setting.opens.state(inode).writers == 1
     for _ in range(2):
         await setting.writing.set_size(inode, 5, 4)
         assert setting.opens.state(inode).writers == 1
-    setting.writing._count_open(inode, writing=True, id=6)  # Died within set_size.
+    setting.writing._counts.opened(inode, writing=True, id=6)  # Died within set_size.
     await setting.writing.set_size(inode, 6, 6)
     assert setting.opens.state(inode).writers == 1
 

@@ -20,6 +20,7 @@ from cache.errors import (
     NameTooLong,
     NotADirectory,
     NotSupported,
+    SluiceError,
 )
 from cache.model import ROOT_INODE
 from cache.pending import OPEN, SEALED, Delete, Local, Mark, Orphan, Put
@@ -102,6 +103,51 @@ async def test_a_mode_that_the_mover_set_counts_though_the_seal_shares_its_trans
     (row,) = files.rows()
     assert own is not None and own.mode == 0o600 and mode_said(files.staging.stat(number)) is None
     assert isinstance(row, Put) and row.attributes.mode == 0o600
+
+
+async def test_what_a_replaced_worker_asked_for_changes_nothing_any_more(files: Files) -> None:
+    """The kernel has sent his requests again: what comes late would undo what was written since."""
+    inode = await files.create("new", b"12345")
+    directory = await files.mkdir("d")
+    files.opens.opened(inode, writing=True)
+    await files.changes.stage(inode, -1, 0)
+    await files.changes.sync(inode, 5, False, 0)
+    files.opens.note_resend()
+    rows = files.rows()
+    create = messages.Create(directory, b"late", 0o644, UID, GID)
+    with pytest.raises(SluiceError, match="replaced"):
+        await files.changes.stage(inode, 0, 0)
+    with pytest.raises(SluiceError, match="replaced"):
+        await files.changes.sync(inode, 3, False, 0)
+    with pytest.raises(SluiceError, match="replaced"):
+        await files.changes.apply(create, 100, 0)
+    answers: list[messages.Answer] = []
+    assert files.changes.apply_nowait(create, 102, answers.append, 0)
+    files.cache.committer.flush_due()
+    assert [answer.error for answer in answers] == ["SluiceError"]
+    assert files.rows() == rows and len(files.staged()) == 1
+    await files.changes.stage(inode, 0, 1)
+    (row,) = (row for row in files.rows() if isinstance(row, Put))
+    assert row.synced_bytes == -1
+
+
+async def test_a_worker_that_is_replaced_while_his_file_is_copied_changes_nothing(files: Files) -> None:
+    """What waits for the lake is late, too."""
+    inode = await files.find("data/one")
+    files.opens.opened(inode, writing=True)
+    await files.changes.stage(inode, -1, 0)
+    await files.changes.sync(inode, 1, False, 0)
+    stage = files.changes._copy_up.stage
+
+    async def copied_late(inode: int, keep_bytes: int) -> int:
+        files.opens.note_resend()
+        return await stage(inode, keep_bytes)
+
+    files.changes._copy_up.stage = copied_late  # type: ignore[method-assign]
+    with pytest.raises(SluiceError, match="replaced"):
+        await files.changes.stage(inode, 0, 0)
+    (row,) = (row for row in files.rows() if isinstance(row, Put))
+    assert row.synced_bytes == 1
 
 
 async def test_what_waits_for_a_commit_alone_is_done_at_once(files: Files) -> None:

@@ -187,6 +187,55 @@ def test_killing_workers_and_mover_in_the_middle_of_reads_fails_no_read(
     assert mount.log().count("it is replaced") == KILLS, mount.log()
 
 
+# Workers hold their first truncation until they may go on.
+_HELD_TRUNCATION = """
+import os, pathlib, trio
+from fusefs import supervisor
+from fusefs.writing import Writing
+armed, held, go = (pathlib.Path({home!r}) / name for name in ("armed", "held", "go"))
+at_once = Writing._cut
+
+async def cut(self, inode, length):
+    try:
+        armed.rename(held)
+    except FileNotFoundError:
+        pass
+    else:
+        held.write_text(str(os.getpid()))
+        while not go.exists():
+            await trio.sleep(0.01)
+    await at_once(self, inode, length)
+
+Writing._cut = cut
+"""
+
+
+def test_what_a_worker_holds_when_another_dies_is_not_done_late(mounting: Mounting, folder: Folder) -> None:
+    """The kernel sends it again: the first copy would empty what was written and synced since."""
+    mount = mounting.prepare(folder.url, "-o", "rw", "--workers=3")
+    run_by(mount, _HELD_TRUNCATION.format(home=str(mount.home)))
+    mount.mount()
+    path = mount.directory / "file"
+    path.write_bytes(b"old")
+    (mount.home / "armed").touch()
+    with subprocess.Popen([sys.executable, "-c", f"import os; os.truncate({str(path)!r}, 0)"]) as truncating:
+        holder = int(
+            until(lambda: (mount.home / "held").exists() and (mount.home / "held").read_text(), "held")
+        )
+        others = [pid for pid in mount.pids()["workers"] if pid != holder]
+        assert len(others) == 2
+        kill_each(others[:1])
+        assert truncating.wait(60) == 0, "another worker has answered"
+    with open(path, "r+b") as file:
+        file.write(b"new and synced")
+        file.flush()
+        os.fsync(file.fileno())
+    (mount.home / "go").touch()
+    time.sleep(0.2)  # He would go on within 0.01 s.
+    assert mount.read_anew("file") == b"new and synced"
+    assert not is_alive(holder), "who holds a copy is replaced before the kernel sends another"
+
+
 def test_after_the_death_of_all_processes_the_next_mount_uses_the_cache(
     mounting: Mounting, folder: Folder
 ) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -49,6 +50,48 @@ def renameat2(old: Path, new: Path, flags: int) -> None:
 
 
 # Names
+
+
+def read_directory(directory: Path) -> Iterator[str]:
+    """Yield the entries in pieces of some twenty: os.scandir has a thousand at once."""
+    fd, room = os.open(directory, os.O_RDONLY | os.O_DIRECTORY), ctypes.create_string_buffer(512)
+    try:
+        while (length := _libc.getdents64(fd, room, len(room))) > 0:
+            at = 0
+            while at < length:  # getdents64(2): inode, offset, length, kind, name.
+                (size,) = struct.unpack_from("=H", room, at + 16)
+                name = room.raw[at + 19 : at + size].split(b"\0", 1)[0]
+                at += size
+                if name not in (b".", b".."):
+                    yield os.fsdecode(name)
+        assert length == 0, os.strerror(ctypes.get_errno())
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("change", ["rename behind", "rename before", "move away", "remove"])
+def test_who_changes_entries_while_reading_them_meets_each_once(work: Path, change: str) -> None:
+    names = [f"{number:04d}" for number in range(300)]
+    for name in names:
+        os.mknod(work / name)
+    (work.parent / "elsewhere").mkdir(exist_ok=True)
+    met = []
+    for name in read_directory(work):
+        if name not in names:
+            continue  # Entries that came meanwhile may be met or not.
+        met.append(name)
+        if change == "remove":
+            os.unlink(work / name)
+        elif change == "move away":
+            os.rename(work / name, work.parent / "elsewhere" / name)
+        else:
+            os.rename(work / name, work / (f"x{name}" if change == "rename behind" else f"+{name}"))
+    assert met == names
+    expected = {
+        "rename behind": [f"x{name}" for name in names],
+        "rename before": [f"+{name}" for name in names],
+    }
+    assert sorted(os.listdir(work)) == expected.get(change, [])
 
 
 def test_o_excl_makes_the_file_or_fails(work: Path) -> None:

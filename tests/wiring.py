@@ -32,6 +32,7 @@ from cache.listing import Changed
 from cache.model import MIB, ROOT_INODE, Inode, ObjectInfo, ObjectVersion
 from cache.mover import open_index
 from cache.opens import OpenTable
+from cache.passed_names import PassedNames
 from cache.pending import PendingTable
 from cache.places import Tier
 from cache.policy.freshness import Freshness
@@ -44,7 +45,7 @@ from cache.residency import Residency
 from cache.restore import restore
 from cache.tier import TierBudget, TierFiles
 from cache.uploader import Uploader
-from cache.write_path import Ledger, WritePath, load_table, make_write_path, open_ledger
+from cache.write_path import Ledger, WritePath, load_table, make_write_path, open_ledger, tell_workers_by
 
 _WAIT_S = 30.0  # A test that waits for what never happens fails instead of hanging.
 QUICK_RETRY = RetryPolicy(budget_s=20.0, first_s=0.001, longest_s=0.002, slow_down_first_s=0.001)
@@ -172,10 +173,11 @@ class Shared:
     opens: OpenTable
     budget: WriteBudget
     features: Features
+    passed_names: PassedNames
 
     @classmethod
     def make(cls) -> Shared:
-        return cls(Counters(2), OpenTable(), WriteBudget(), Features())
+        return cls(Counters(2), OpenTable(), WriteBudget(), Features(), PassedNames())
 
 
 class NoSender:
@@ -316,6 +318,7 @@ async def open_cache(
     if writable:
         shared = shared or Shared.make()
         opens = shared.opens
+        tell_workers_by(shared, committer)
     residency = Residency(made, index, committer, lake_engine, disk_engine, opens, lambda: passes_disks)
     ledger = open_ledger(path, "test", index, table, first=first) if writable else None
     try:
