@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 from functools import cache
@@ -15,6 +16,8 @@ from cache.model import (
     BLOCK_BYTES,
     GROUP_BLOCKS,
     GROUP_BYTES,
+    KIB,
+    MIB,
     GroupIndex,
     ObjectVersion,
     block_count,
@@ -76,6 +79,37 @@ def land_some(files: TierFiles, version: ObjectVersion, blocks: set[int]) -> Non
     for block in sorted(blocks):
         start = block * BLOCK_BYTES
         files.land_blocks(version.id, start, [body[start : start + BLOCK_BYTES]])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_as_they_arrive_are_written_up_to_multiples_of_256_kib(
+    disk: TierFiles, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Also where a write stops short; else the page cache keeps them in folios of one page."""
+    roll, pwritev = random.Random(seed), os.pwritev
+    unit, start, length = 256 * KIB, roll.choice([0, 3, 17]) * BLOCK_BYTES, 3 * MIB + 1234
+    body, ends, short = roll.randbytes(length), [start], seed % 2
+
+    def noted(fd: int, views: list[memoryview], offset: int) -> int:
+        assert offset == ends[-1]
+        joined = b"".join(views)
+        ends.append(offset + pwritev(fd, [joined[: len(joined) // 2 + 1] if short else joined], offset))
+        return ends[-1] - offset
+
+    monkeypatch.setattr(os, "pwritev", noted)
+    sizes = [(1, 900), (unit, unit + 40_000), (0, MIB)][seed // 2]
+    cuts = [0]
+    while cuts[-1] < length:
+        cuts.append(cuts[-1] + roll.randint(*sizes))
+    pieces = [body[a:b] for a, b in itertools.pairwise(cuts)]
+    checksums = disk.land_blocks(LARGE.id, start, pieces)
+    assert checksums == block_checksums(body)
+    with open(disk.partial_path(LARGE.id), "rb") as file:
+        file.seek(start)
+        assert file.read() == body
+    if not short and seed > 1:
+        assert all(end % unit == 0 for end in ends[1:-1]), ends
+        assert len(ends) <= length // unit + 3
 
 
 def incoming(files: TierFiles) -> list[str]:
@@ -269,6 +303,7 @@ def test_disk_errors_become_cache_errors_and_leave_nothing(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "pwrite", fail)
+    monkeypatch.setattr(os, "pwritev", fail)
     calls = (
         lambda: disk.land_whole(SMALL, SMALL.id, body_of(SMALL)),
         lambda: disk.land_blocks(LARGE.id, 0, [b"x" * BLOCK_BYTES]),
