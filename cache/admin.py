@@ -98,6 +98,7 @@ class Admin:
                 "supervisor": self._supervisor_pid,
                 "workers": [pid for pid in pids if pid],
                 "mover": os.getpid(),
+                "notifier": mover.counters.row(0).get("notifier_pid") or None,
             },
             "tiers": [
                 {

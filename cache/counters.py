@@ -30,7 +30,10 @@ NAMES = (
     "errors",
     "corrupt_blocks",
     "pid",
+    "notifier_pid",  # In the supervisor's row.
+    "receives",  # 1 from the moment on when a worker may have received a request.
 )
+_NO_SUMS = ("pid", "notifier_pid", "receives")
 _PLACE = {name: place for place, name in enumerate(NAMES)}
 
 
@@ -68,7 +71,7 @@ class Counters:
     def totals(self) -> dict[str, int]:
         width = len(NAMES)
         cells = self._cells.tolist()
-        return {name: sum(cells[place::width]) for name, place in _PLACE.items() if name != "pid"}
+        return {name: sum(cells[place::width]) for name, place in _PLACE.items() if name not in _NO_SUMS}
 
     def places(self, row: int, *names: str) -> tuple[int, ...]:
         """Return the width of a row, where *row* begins in `cells`, and where *names* are in each row."""
@@ -92,6 +95,9 @@ class CounterRow:
 
     def set(self, name: str, value: int) -> None:
         self._cells[_PLACE[name]] = value
+
+    def get(self, name: str) -> int:
+        return self._cells[_PLACE[name]]
 
 
 class Features(MutableMapping[str, dict[str, object]]):

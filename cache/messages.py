@@ -187,6 +187,10 @@ class Settle(msgspec.Struct, tag=22, array_like=True):
     """Answered once the transaction that was under way when it was asked is over."""
 
 
+class Notifies(msgspec.Struct, tag=23, array_like=True):
+    """Who asks is the notifier: it gets each Invalidate. Not answered."""
+
+
 class AwaitRoom(msgspec.Struct, tag=21, array_like=True):
     """Answered when the dirty bytes are below --dirty-max again, or after minutes: ask again then."""
 
@@ -255,6 +259,7 @@ Request = (
     | Closed
     | Sync
     | Settle
+    | Notifies
     | AwaitRoom
     | TakeSnapshot
     | ReadSnapshot
@@ -263,7 +268,7 @@ Request = (
     | PipeLookedUp
 )
 ControlRequest = TakeSnapshot | ReadSnapshot | WriteText | FinishText | PipeLookedUp
-UNANSWERED = (Used, ReadSeen, RelistAhead, Closed)
+UNANSWERED = (Used, ReadSeen, RelistAhead, Closed, Notifies)
 
 
 class Asked(msgspec.Struct, array_like=True):
@@ -293,7 +298,7 @@ class Answer(msgspec.Struct, tag=1, array_like=True):
 
 
 class Invalidate(msgspec.Struct, tag=2, array_like=True):
-    """Unasked, to one worker: these names (parent, name) show something else now."""
+    """Unasked, to the notifier, or one worker: these names (parent, name) show something else now."""
 
     entries: list[tuple[int, bytes]]
 

@@ -175,7 +175,7 @@ class Mover:
                     self._note_read(Inode(inode), offset, length)
             case messages.RelistAhead(inode):
                 self.lister.relist_ahead(Inode(inode))
-            case messages.Settle():
+            case messages.Settle() | messages.Notifies():
                 pass  # Transactions run in this thread, in one go.
             case (
                 messages.TakeSnapshot()

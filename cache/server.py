@@ -42,7 +42,7 @@ class WorkerConnections:
 
     @property
     def count(self) -> int:
-        return len(self._connections)
+        return sum(not connection.notifies for connection in self._connections)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection until the worker closes it."""
@@ -59,16 +59,20 @@ class WorkerConnections:
             await trio.aclose_forcefully(stream)
 
     async def tell_changes(self, changes: trio.MemoryReceiveChannel[Changed]) -> None:
-        """Pass on to a worker, for the kernel, which entries show something else now."""
+        """Pass on, for the kernel, which entries show something else now.
+
+        To the notifier; to a worker where there is none: it ends with the supervisor.
+        """
         async for changed in changes:
             self._mover.keeper.names_changed()
-            if self._connections:
-                entries = [(int(parent), name) for parent, name in changed]
-                await self._connections[0].send(messages.Invalidate(entries))
+            entries = [(int(parent), name) for parent, name in changed]
+            for connection in sorted(self._connections, key=lambda it: not it.notifies)[:1]:
+                await connection.send(messages.Invalidate(entries))
 
 
 class WorkerConnection:
     def __init__(self, stream: trio.SocketStream, mover: Mover, requests: trio.Nursery) -> None:
+        self.notifies = False  # It is the notifier's.
         self._stream = stream
         self._requests = requests
         self._mover = mover
@@ -91,6 +95,9 @@ class WorkerConnection:
                 nursery.cancel_scope.cancel()
 
     def _begin(self, asked: messages.Asked) -> None:
+        if isinstance(asked.request, messages.Notifies):
+            self.notifies = True
+            return
         try:
             put = partial(self._put, asked.number)
             is_begun = self._mover.begin_nowait(asked.request, asked.id, put, asked.resends)

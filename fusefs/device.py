@@ -17,8 +17,11 @@ from pathlib import Path
 from cache.errors import SluiceError, UsageError
 
 FILESYSTEM_TYPE = "fuse.sluice"
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MNT_DETACH = 1, 2, 4, 2
-_NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)  # linux/fuse.h: FUSE_NOTIFY_RESEND, kernel 6.9.
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MNT_FORCE, _MNT_DETACH = 1, 2, 4, 1, 2
+_NOTIFY_RESEND = struct.pack("=IiQ", 16, 7, 0)  # linux/fuse.h: FUSE_NOTIFY_RESEND, kernel 6.9.
+_INVALIDATE_ENTRY = struct.Struct(
+    "=IiQQII"
+)  # FUSE_NOTIFY_INVAL_ENTRY: length, 3, 0, parent, length of the name, 0.
 _BACKING = struct.Struct("=iIQ")  # linux/fuse.h, kernel 6.9: struct fuse_backing_map.
 _BACKING_OPEN, _BACKING_CLOSE = 0x4010E501, 0x4004E502  # _IOW(229, 1, …), _IOW(229, 2, uint32_t)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,9 +81,12 @@ def _mount_with_helper(source: str, mountpoint: Path, *, read_only: bool, allow_
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount. Raises OSError: EBUSY while files are open there, EINVAL if nothing is mounted."""
+    """Unmount. Raises OSError: EBUSY while files are open there, EINVAL if nothing is mounted.
+
+    *lazy*: detach it where files are open; as root all requests that wait for an answer fail then, at once.
+    """
     if os.geteuid() == 0:
-        if _libc.umount2(str(mountpoint).encode(), _MNT_DETACH if lazy else 0):
+        if _libc.umount2(str(mountpoint).encode(), _MNT_FORCE | _MNT_DETACH if lazy else 0):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), str(mountpoint))
         return
@@ -97,6 +103,19 @@ def resend_requests(device: int) -> bool:
         os.write(device, _NOTIFY_RESEND)
     except OSError:
         return False
+    return True
+
+
+def invalidate_entry(device: int, parent: int, name: bytes) -> bool:
+    """Have the kernel forget a name; return False where the mount is gone.
+
+    Waits for who holds the directory's lock, for an answer of ours perhaps, and nothing interrupts it.
+    """
+    length = _INVALIDATE_ENTRY.size + len(name) + 1
+    try:
+        os.write(device, _INVALIDATE_ENTRY.pack(length, 3, 0, parent, len(name), 0) + name + b"\0")
+    except OSError as error:
+        return error.errno not in (errno.ENODEV, errno.ENOTCONN)  # ENOENT: it does not know the name.
     return True
 
 

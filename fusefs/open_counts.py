@@ -64,7 +64,12 @@ class OpenCounts:
             self._mover.tell(Closed(inode))
 
     def _awaits_close(self, inode: Inode) -> bool:
-        """Return whether the mover does something once nobody has the file open, readers included."""
+        """Return whether the mover does something once nobody has the file open, readers included.
+
+        It may be about to take the file's name: what it finds open then waits for this close.
+        """
+        if self._opens is not None and self._opens.may_leave(inode):
+            return True
         if self._index.is_detached(inode):
             return True
         node = self._index.node(inode)

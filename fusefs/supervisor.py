@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import select
 import signal
@@ -33,7 +34,7 @@ from cache.mover import TierPlan  # noqa: E402
 from cache.server import Listeners  # noqa: E402
 from cache.store import CacheStore, note_owner, open_store  # noqa: E402
 from cache.tier import TierFiles  # noqa: E402
-from fusefs import device, mover_process, passthrough, single, tiers  # noqa: E402
+from fusefs import device, mover_process, notifier, passthrough, single, tiers  # noqa: E402
 from fusefs.control_operations import ControlOperations  # noqa: E402
 from fusefs.shared import Shared  # noqa: E402
 from fusefs.worker import run_worker, shake_hands  # noqa: E402
@@ -45,6 +46,7 @@ _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _SIGNALS = {signal.SIGCHLD, *_STOP_SIGNALS}
 _RESTART_S_MAX = 5.0
 _LIVED_LONG_S = 10.0
+_END_S_MAX = 5.0  # A killed process takes far less.
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Child:
     failures: int = 0
     due_s: float | None = None  # When it is to be started again.
     makes_way: bool = False  # We killed it.
+    held: bool = False  # It died, and may have held requests that were not sent again since.
 
     @property
     def is_worker(self) -> bool:
@@ -80,6 +83,18 @@ class Mount:
     resends: bool = False  # The kernel sends unanswered requests again when it is told to.
     children: list[Child] = field(default_factory=list)
     unmounted: bool = False
+    waited_since_s: float | None = None  # For workers that were killed to end; infinity once it was told.
+
+    def waits_for(self, child: Child) -> None:
+        """Tell the operator of a killed worker that does not end: nobody answers the mount meanwhile."""
+        self.waited_since_s = self.waited_since_s or time.monotonic()
+        if time.monotonic() - self.waited_since_s > _END_S_MAX:
+            self.waited_since_s = math.inf
+            log.error(
+                "%s (process %d) was killed and does not end: a disk does not answer. The mount waits for it",
+                child.name,
+                child.pid,
+            )
 
 
 def supervise(config: MountConfig, announce: Callable[[], None]) -> int:
@@ -122,7 +137,8 @@ def _run(mount: Mount, announce: Callable[[], None]) -> int:
         ]
         for child in mount.children:
             _start(mount, child)
-        mount.children.append(mover)
+        mount.children += [mover, Child("notifier", 0, lambda: _become_notifier(mount))]
+        _start(mount, mount.children[-1])
         _watch(mount, announce)
     finally:
         status = _stop(mount, mover)
@@ -208,6 +224,21 @@ def _become_worker(mount: Mount, operations: ControlOperations, row: int) -> NoR
     os._exit(status)
 
 
+def _become_notifier(mount: Mount) -> NoReturn:
+    """Be the notifier from here on, in a forked child."""
+    _forget_signals()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    mount.shared.counters.row(0).set("notifier_pid", os.getpid())
+    status = 1
+    try:
+        notifier.run(mount.device, mover_process.worker_socket_path(mount.config), os.getppid())
+        status = 0
+    except BaseException:
+        log.exception("the notifier ends")
+    logging.shutdown()
+    os._exit(status)
+
+
 def _forget_signals() -> None:
     """Undo the supervisor's mask. Ctrl-C in a terminal goes to all; the supervisor acts on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -241,6 +272,8 @@ def _mount_and_shake_hands(mount: Mount) -> ControlOperations:
 
 def _start(mount: Mount, child: Child) -> None:
     child.due_s, child.started_s, child.makes_way = None, time.monotonic(), False
+    if child.row:
+        mount.shared.counters.row(child.row).set("receives", 0)
     child.pid = os.fork()
     if child.pid == 0:
         child.start()
@@ -301,20 +334,19 @@ def _start_due(mount: Mount) -> None:
     due = [child for child in mount.children if child.due_s is not None and child.due_s <= now_s]
     if mount.unmounted or not due:
         return
-    if mount.resends and any(child.is_worker for child in due):
-        due = [child for child in due if not child.is_worker] + _await_all_workers(mount)
+    if mount.resends and any(child.held for child in due) and not _have_sent_again(mount):
+        due = [child for child in due if not child.is_worker]
     for child in due:
         _start(mount, child)
 
 
-def _await_all_workers(mount: Mount) -> list[Child]:
-    """Return the workers that are to be started, once all are dead and the kernel was told to send again
-    what they had; before that, none. Those that are alive are killed.
+def _have_sent_again(mount: Mount) -> bool:
+    """Have the kernel send again what dead workers held; return False while somebody may hold a copy.
 
     The kernel sends again all that is unanswered, also what healthy workers hold. Were these to go on, they
     would carry out late what another one has answered by then: a truncation, or a write, of a file that was
-    written to and synced since. Who is dead and reaped does nothing late. For the same reason none starts
-    before the kernel was told: it would hold new requests by then.
+    written to and synced since. So they are killed first: who is dead and reaped does nothing late. For the
+    same reason none starts before the kernel was told: it would hold new requests by then.
     """
     workers = [child for child in mount.children if child.is_worker]
     alive = [child for child in workers if child.pid]
@@ -323,10 +355,14 @@ def _await_all_workers(mount: Mount) -> list[Child]:
             child.makes_way = True
             os.kill(child.pid, signal.SIGKILL)
     if alive:
-        return []
+        mount.waits_for(alive[0])
+        return False
+    mount.waited_since_s = None
     mount.shared.opens.note_resend()
     device.resend_requests(mount.device)
-    return workers
+    for child in workers:
+        child.held = False
+    return True
 
 
 def _reap(mount: Mount) -> dict[int, int]:
@@ -347,10 +383,11 @@ def _reap(mount: Mount) -> dict[int, int]:
 
 
 def _note_death(mount: Mount, child: Child, code: int) -> None:
-    if code == 0 and child.is_worker:
-        mount.unmounted = True  # The kernel told the worker so.
+    if code == 0 and child.name != "mover":
+        mount.unmounted = True  # The kernel told it so.
         return
     now_s = time.monotonic()
+    child.held = child.is_worker and bool(mount.shared.counters.row(child.row).get("receives"))
     if child.makes_way:
         child.due_s = now_s
         return
@@ -369,8 +406,9 @@ def _stop(mount: Mount, mover: Child) -> int:
         if not mount.unmounted:
             mount.unmounted = _unmount(mount)
         os.close(mount.device)
-    workers = [child for child in mount.children if child.pid and child is not mover]
-    _end(workers, signal.SIGTERM, patience_s=10 if mount.unmounted else 0)
+    others = [child for child in mount.children if child.pid and child is not mover]
+    _end([child for child in others if not child.is_worker], signal.SIGKILL, patience_s=0)
+    _end([child for child in others if child.is_worker], signal.SIGTERM, 10 if mount.unmounted else 0)
     if not mover.pid:
         return 1
     with suppress(ProcessLookupError):
@@ -399,16 +437,21 @@ def _unmount(mount: Mount) -> bool:
 
 
 def _end(children: list[Child], with_signal: int, patience_s: float) -> None:
-    """Wait for children to end by themselves; signal those that take longer."""
+    """Wait for children to end by themselves; signal those that take longer. Leaves what no signal ends."""
     deadline_s = time.monotonic() + patience_s
+    signals = [with_signal, signal.SIGKILL]
     for child in children:
         while child.pid:
             pid, _ = os.waitpid(child.pid, os.WNOHANG)
             if pid:
                 child.pid = 0
+            elif time.monotonic() > deadline_s and not signals:
+                log.error(
+                    "%s (process %d) does not end: it waits for a disk or the kernel", child.name, child.pid
+                )
+                break
             elif time.monotonic() > deadline_s:
-                os.kill(child.pid, with_signal)
-                with_signal = signal.SIGKILL
+                os.kill(child.pid, signals.pop(0))
                 deadline_s = time.monotonic() + 2
             else:
                 signal.sigtimedwait({signal.SIGCHLD}, 0.05)

@@ -155,6 +155,7 @@ async def run_worker(
 
     *in_thread*: receive them in a thread; the device blocks then.
     """
+    shared.counters.row(row).set("receives", 1)
     if in_thread:
         device = channel.receive_in_thread()
         if operations.passthrough is not None:

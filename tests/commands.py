@@ -51,7 +51,7 @@ STATUS = {
     "lake": "s3://bucket/prefix",
     "profile": "auto",
     "features": {"passthrough": {"on": False, "reason": "needs root"}, "resend": {"on": True}},
-    "processes": {"supervisor": 11, "workers": [12, 13], "mover": 14},
+    "processes": {"supervisor": 11, "workers": [12, 13], "mover": 14, "notifier": 15},
     "tiers": [{"name": "dram", "path": "/t", "used_bytes": 1 << 29, "size_bytes": 1 << 30, "objects": 3}],
     "lake_io": {"bytes_fetched": 2048, "bytes_sent": 0, "requests": {"get": 5, "put": 0}},
     "reads": {"bytes_by_source": {"dram": 4096, "lake": 1024}},

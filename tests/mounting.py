@@ -238,7 +238,7 @@ _GUARDIAN = r"""
 trap "" INT TERM HUP
 read -r line && exit
 for pid in $(pgrep -f "sluice mount .*$1/"); do kill -9 "$pid"; done
-grep -o " $1/[^ ]*" /proc/self/mountinfo | tac | while read -r point; do umount -l "$point"; done
+grep -o " $1/[^ ]*" /proc/self/mountinfo | tac | while read -r point; do umount -f -l "$point"; done
 """
 
 

@@ -82,12 +82,12 @@ def land_some(files: TierFiles, version: ObjectVersion, blocks: set[int]) -> Non
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_pieces_as_they_arrive_are_written_up_to_multiples_of_256_kib(
+def test_pieces_as_they_arrive_are_written_up_to_multiples_of_a_mib(
     disk: TierFiles, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Also where a write stops short; else the page cache keeps them in folios of one page."""
     roll, pwritev = random.Random(seed), os.pwritev
-    unit, start, length = 256 * KIB, roll.choice([0, 3, 17]) * BLOCK_BYTES, 3 * MIB + 1234
+    unit, start, length = MIB, roll.choice([0, 3, 17]) * BLOCK_BYTES, 5 * MIB + 1234
     body, ends, short = roll.randbytes(length), [start], seed % 2
 
     def noted(fd: int, views: list[memoryview], offset: int) -> int:
@@ -97,7 +97,7 @@ def test_pieces_as_they_arrive_are_written_up_to_multiples_of_256_kib(
         return ends[-1] - offset
 
     monkeypatch.setattr(os, "pwritev", noted)
-    sizes = [(1, 900), (unit, unit + 40_000), (0, MIB)][seed // 2]
+    sizes = [(1, 900), (256 * KIB, 300 * KIB), (0, 2 * MIB)][seed // 2]
     cuts = [0]
     while cuts[-1] < length:
         cuts.append(cuts[-1] + roll.randint(*sizes))

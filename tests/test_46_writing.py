@@ -188,6 +188,17 @@ async def test_the_mover_hears_of_the_last_close_of_an_unlinked_file(setting: Se
     assert setting.mover.told == [messages.Closed(inode)]
 
 
+async def test_the_mover_hears_of_a_close_while_it_takes_the_files_name(setting: Setting) -> None:
+    """It found the file open, so the node stays until the last close, which the old index does not tell."""
+    inode = setting.clean(b"file", 0)
+    handle = await setting.writing.open_file(inode, os.O_RDONLY, 0)
+    with setting.index.write() as w:
+        w.detach(ROOT_INODE, b"file")
+        assert not setting.opens.leave_unless_open(inode)
+        setting.writing.release(handle, 0)
+    assert setting.mover.told == [messages.Closed(inode)]
+
+
 async def test_an_open_that_fails_is_not_counted(setting: Setting) -> None:
     inode = setting.clean(b"file", 100)
 

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -54,7 +56,8 @@ def test_any_number_of_workers_serves_the_tree(mounting: Mounting, folder: Folde
         assert processes["mover"] == processes["supervisor"]
     else:
         assert len(set(processes["workers"])) == workers
-        everyone = {processes["supervisor"], processes["mover"], *processes["workers"]}
+        others = {processes["supervisor"], processes["mover"], processes["notifier"]}
+        everyone = others.union(processes["workers"])
         assert set(processes_naming(mount.home)) == everyone
     mount.remount()
     assert mount.read_anew("large") == content(10 * MIB)
@@ -234,6 +237,58 @@ def test_what_a_worker_holds_when_another_dies_is_not_done_late(mounting: Mounti
     time.sleep(0.2)  # He would go on within 0.01 s.
     assert mount.read_anew("file") == b"new and synced"
     assert not is_alive(holder), "who holds a copy is replaced before the kernel sends another"
+
+
+# A worker holds the first LOOKUP of the name "slow" until it is killed.
+_HELD_LOOKUP = """
+import os, pathlib, trio
+from fusefs import supervisor
+from fusefs.namespace import Namespace
+held, at_once, lookup = pathlib.Path({home!r}) / "held", Namespace.lookup_nowait, Namespace.lookup
+
+async def slow(self, parent, name):
+    if name == b"slow" and not held.exists():
+        held.write_text(str(os.getpid()))
+        await trio.sleep_forever()
+    return await lookup(self, parent, name)
+
+Namespace.lookup_nowait = lambda self, parent, name: None if name == b"slow" else at_once(self, parent, name)
+Namespace.lookup = slow
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_who_waits_for_a_directorys_lock_to_tell_the_kernel_keeps_nobody_from_starting(
+    mounting: Mounting, folder: Folder, workers: int
+) -> None:
+    """It waits for a LOOKUP that a worker holds, and no signal ends that: that worker is to be replaced."""
+    for name in ("d/stays", "d/changes"):
+        folder.put(name, b"old")
+    mount = mounting.prepare(folder.url, "-o", "rw", f"--workers={workers}", "--ttl=0.5")
+    run_by(mount, _HELD_LOOKUP.format(home=str(mount.home)))
+    mount.mount()
+    assert mount.read("d/changes") == b"old"
+    slow = mount.directory / "d" / "slow"
+    look = [sys.executable, "-c", f"import os; os.path.exists({str(slow)!r})"]
+    held = mount.home / "held"
+    with subprocess.Popen(look) as looking, ExitStack() as listing:
+        holder = int(until(lambda: held.exists() and held.read_text(), "a worker holds the LOOKUP"))
+        folder.put("d/changes", b"new")
+        notifier = mount.pids()["notifier"][0]
+        time.sleep(0.6)  # Past the ttl.
+        listing.enter_context(subprocess.Popen(["ls", mount.directory / "d"], stdout=subprocess.DEVNULL))
+        until(lambda: state_of(notifier) == "D", "the notifier waits for the directory")
+        victims = [pid for pid in mount.pids()["workers"] if pid != holder] or [holder]
+        os.kill(victims[0], signal.SIGKILL)
+        assert looking.wait(30) == 0, "another worker has answered"
+    until(lambda: state_of(notifier) == "S", "the notifier has gone on")
+    assert mount.read_anew("d/changes") == b"new"
+    kill_each([notifier])
+    until(lambda: known_pids(mount).get("notifier", [notifier]) != [notifier], "it is replaced")
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_after_the_death_of_all_processes_the_next_mount_uses_the_cache(

@@ -328,7 +328,7 @@ def test_status_tells_the_stable_keys_of_a_mount(mount: LiveMount) -> None:
     mount.read("d/file")
     shown = json.loads(sluice("status", "--json", mount.directory / "d").stdout)
     assert (shown["mountpoint"], shown["dirty_bytes"]) == (str(mount.directory), 0)
-    assert set(shown["processes"]) == {"supervisor", "workers", "mover"}
+    assert set(shown["processes"]) == {"supervisor", "workers", "mover", "notifier"}
     assert set(shown["lake_io"]["requests"]) == {"list", "head", "get", "put", "copy", "delete"}
     assert shown["lake_io"]["requests"]["get"] == 1
     assert shown["lake_io"]["bytes_fetched"] == 200_000

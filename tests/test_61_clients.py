@@ -71,7 +71,7 @@ def test_status_is_a_table_for_people(fake: FakeMount, capsys: pytest.CaptureFix
     for text in (
         str(fake.mountpoint),
         "s3://bucket/prefix",
-        "supervisor 11, mover 14, workers 12, 13",
+        "supervisor 11, mover 14, notifier 15, workers 12, 13",
         "██████████░░░░░░░░░░ 512.0 MiB of 1.0 GiB (50%), 3 objects, /t",
         "dram 4.0 KiB, lake 1.0 KiB",
         "2.0 KiB fetched, 0 B sent; requests: get 5",

@@ -87,7 +87,7 @@ class Mounted:
         return entries
 
     def pids(self) -> dict[str, list[int]]:
-        """Return the processes of the mount by role: supervisor, workers, mover."""
+        """Return the processes of the mount by role: supervisor, workers, mover, notifier."""
         processes = self.status()["processes"]
         return {
             role: pids if isinstance(pids, list) else [pids]

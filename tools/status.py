@@ -169,7 +169,10 @@ def _duration(seconds: float) -> str:
 
 def _processes(processes: dict[str, Any]) -> str:
     workers = ", ".join(str(pid) for pid in processes.get("workers") or []) or "none"
-    return f"supervisor {processes.get('supervisor')}, mover {processes.get('mover')}, workers {workers}"
+    others = (
+        f"{role} {processes[role]}, " for role in ("supervisor", "mover", "notifier") if processes.get(role)
+    )
+    return f"{''.join(others)}workers {workers}"
 
 
 def _tier(tier: dict[str, Any]) -> str:
