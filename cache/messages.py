@@ -340,7 +340,9 @@ class FrameReader:
 
 
 def failure(number: int, error: errors.SluiceError) -> Answer:
-    return Answer(number, error=type(error).__name__, text=str(error))
+    """Return the answer that raises *error* where it was asked. Names in its text need not be UTF-8."""
+    text = str(error).encode("utf-8", "backslashreplace").decode()
+    return Answer(number, error=type(error).__name__, text=text)
 
 
 def raise_failure(answer: Answer) -> None:

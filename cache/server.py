@@ -109,7 +109,7 @@ class WorkerConnection:
     def _put(self, number: int, answer: messages.Answer) -> None:
         """Keep the answer for `_send_now`: it is told in the turn of the loop in which the request came."""
         answer.number = number
-        self._out += messages.frame(answer)
+        self._out += _framed(answer)
 
     def _send_now(self, direct: socket.socket) -> None:
         """Send what gathered: a turn of the loop until `_write` did would take longer than the call."""
@@ -148,7 +148,17 @@ class WorkerConnection:
             answer = messages.failure(asked.number, SluiceError(f"{type(error).__name__}: {error}"))
         if not isinstance(asked.request, messages.UNANSWERED):
             answer.number = asked.number
-            await self.send(answer)
+            self._out += _framed(answer)
+            self._wake.set()
+
+
+def _framed(answer: messages.Answer) -> bytes:
+    """Return the frame to send. Whoever asked is answered, whatever the answer is."""
+    try:
+        return messages.frame(answer)
+    except Exception as error:
+        log.exception("an answer can't be told: %r", answer)
+        return messages.frame(messages.failure(answer.number, SluiceError(f"no answer: {error}")))
 
 
 async def _received(direct: socket.socket, room: memoryview) -> int:

@@ -67,11 +67,12 @@ class Uploader:
     ) -> None:
         """*refresh_entry*: the lister's; called where the lake turned out to have something else."""
         self._lake = lake
+        self._index = index
         self._committer = committer
         self._table = table
         self._staging = staging
         self._refresh_entry = refresh_entry
-        self._receipts: OrderedDict[bytes, Receipt] = OrderedDict()
+        self._receipts: OrderedDict[int, Receipt] = OrderedDict()
         self._counted_for_s = 0.0
         self._dispatcher = Dispatcher(
             nursery,
@@ -205,24 +206,32 @@ class Uploader:
         return "waiting"
 
     def receipts(self, prefix: bytes = b"") -> list[dict[str, object]]:
-        """Return what was stored last of each path at or below *prefix*, oldest first."""
-        below = prefix.rstrip(b"/") + b"/" if prefix else b""
-        return [
-            {
-                "path": os.fsdecode(receipt.path),
-                "key": os.fsdecode(receipt.key),
-                "etag": receipt.etag,
-                "size": receipt.size_bytes,
-                "checksum": receipt.checksum,
-                "time": receipt.stored_at_s,
-            }
-            for receipt in self._receipts.values()
-            if receipt.path == prefix or receipt.path.startswith(below)
-        ]
+        """Return what was stored last of each file that is at or below *prefix* now, oldest first."""
+        below, found = prefix.rstrip(b"/") + b"/" if prefix else b"", []
+        for inode, receipt in list(self._receipts.items()):
+            node = self._index.node(inode)
+            if node is None or self._index.is_detached(inode):
+                del self._receipts[inode]  # Removed, or another's by now.
+                continue
+            path = self._index.path_of(inode)
+            if path != prefix and not path.startswith(below):
+                continue
+            is_clean = node.etag and not node.staged  # Else it is open still.
+            found.append(
+                {
+                    "path": os.fsdecode(path),
+                    "key": os.fsdecode(self._index.key_of(inode) if is_clean else receipt.key),
+                    "etag": node.etag if is_clean else receipt.etag,
+                    "size": receipt.size_bytes,
+                    "checksum": receipt.checksum,
+                    "time": receipt.stored_at_s,
+                }
+            )
+        return found
 
     def _keep_receipt(self, receipt: Receipt) -> None:
-        self._receipts.pop(receipt.path, None)
-        self._receipts[receipt.path] = receipt
+        self._receipts.pop(receipt.inode, None)
+        self._receipts[receipt.inode] = receipt
         if len(self._receipts) > _RECEIPTS_MAX:
             self._receipts.popitem(last=False)
 

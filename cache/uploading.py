@@ -49,9 +49,9 @@ replace = msgspec.structs.replace
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the lake has acknowledged."""
+    """What the lake has acknowledged: the content of *inode*, whatever it is called by now."""
 
-    path: bytes
+    inode: int
     key: bytes
     etag: str
     size_bytes: int
@@ -425,7 +425,7 @@ class Puts:
     def _receipt(self, row: Put, content: Content, summed: Summed, info: ObjectInfo) -> Receipt:
         version = info.version
         key = os.fsencode(content.key)
-        return Receipt(row.path, key, version.etag, version.size_bytes, summed.text, time.time())
+        return Receipt(row.inode, key, version.etag, version.size_bytes, summed.text, time.time())
 
 
 def _is_stated(info: ObjectInfo, sent: Put, content: Content) -> bool:

@@ -12,6 +12,7 @@ from cache.errors import SluiceError, UsageError
 from cache.mover import Mover
 from cache.pending import CONFLICT, FAILED, OPEN, SEALED, Move, Put
 from cache.uploader import Uploader
+from cache.walking import Walker
 
 Progress = Callable[[dict[str, Any]], Awaitable[object]]
 
@@ -46,6 +47,8 @@ class WriteAdmin:
         return puts[0] if puts else "renamed" if any(isinstance(row, Move) for row in rows) else None
 
     async def retry(self, paths: list[str]) -> dict[str, Any]:
+        if not paths and self._mover.uploader is None:
+            return {"retried": 0}  # Whoever names none means all mounts.
         uploader = self._writable()
         if not paths or "" in paths:
             return {"retried": await uploader.retry(None)}
@@ -72,10 +75,10 @@ class WriteAdmin:
     async def sync(self, paths: list[str], progress: Progress) -> dict[str, Any]:
         """Return receipts and failures below *paths* once the lake has all else that was written there."""
         write_path, uploader = self._mover.write_path, self._mover.uploader
-        if write_path is None or uploader is None:
-            return {"receipts": [], "errors": []}
         below = [os.fsencode(path) for path in paths if path]
         below = below if len(below) == len(paths) else []
+        if write_path is None or uploader is None:
+            return {"receipts": [], "errors": await self._missing(below)}
         await write_path.keeper.settled()
         wanted = below or [b""]
         for path in wanted:
@@ -83,12 +86,25 @@ class WriteAdmin:
         entries = [entry for entry in uploader.queue() if entry["state"] in _FAILED]
         return {
             "receipts": [receipt for path in wanted for receipt in uploader.receipts(path)],
-            "errors": [
+            "errors": await self._missing(below)
+            + [
                 {"path": entry["path"], "error": f"{entry['state']}: {entry['error']}"}
                 for entry in entries
                 if any(_is_below(os.fsencode(str(entry["path"])), path) for path in wanted)
             ],
         }
+
+    async def _missing(self, paths: list[bytes]) -> list[dict[str, str]]:
+        """Return an error for each path that shows nothing: a mistyped one is not to pass for durable."""
+        errors, walker = [], Walker(self._mover.index, self._mover.lister)
+        for path in map(os.fsdecode, paths):
+            try:
+                await walker.resolve(path)
+            except UsageError:
+                errors.append({"path": path, "error": "no such file or directory"})
+            except SluiceError as error:
+                errors.append({"path": path, "error": str(error)})
+        return errors
 
     async def _drain(self, uploader: Uploader, below: bytes, progress: Progress) -> None:
         """Wait; tell every second what is left, also while nothing moves: nobody shall think us dead."""

@@ -202,6 +202,15 @@ def test_an_error_is_the_same_on_the_other_side(kind: type[errors.SluiceError]) 
     assert type(caught.value) is kind
 
 
+def test_an_error_may_name_what_is_no_utf8() -> None:
+    """The mover could not tell it, ended, and so did the next one, which was asked again."""
+    answer = messages.failure(1, errors.NameRefused("d/\udcfe: the lake takes only UTF-8"))
+    (packed,) = messages.FrameReader().feed(messages.frame(answer))
+    assert messages.decode_from_mover(packed) == answer
+    with pytest.raises(errors.NameRefused, match=r"d/\\udcfe: the lake"):
+        messages.raise_failure(answer)
+
+
 def test_an_error_that_this_side_does_not_know_is_still_an_error() -> None:
     with pytest.raises(errors.SluiceError, match="new"):
         messages.raise_failure(Answer(1, error="FromTheFuture", text="new"))

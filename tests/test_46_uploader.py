@@ -95,6 +95,26 @@ async def test_receipts_tell_what_the_lake_acknowledged(tmp_path: Path) -> None:
         assert {receipt["path"] for receipt in mount.uploader.receipts()} == {"d/a", "b"}
 
 
+async def test_receipts_are_of_what_is_there_under_its_name_of_now(tmp_path: Path) -> None:
+    lake = WatchedLake()
+    async with mounted(tmp_path, lake) as mount:
+        for name in ("stays", "goes", "moves", "replaced"):
+            await mount.put(name, name.encode())
+        await mount.mkdir("d")
+        await mount.drain()
+        await mount.unlink("goes")
+        await mount.rename("moves", "d/moved")
+        await mount.rename("stays", "replaced")
+        await mount.drain()
+        found = {str(receipt["path"]): receipt for receipt in mount.uploader.receipts()}
+        assert set(found) == {"d/moved", "replaced"}
+        for path, receipt in found.items():
+            info = lake.head(path)
+            assert (receipt["key"], receipt["etag"]) == (path, info.version.etag)
+            assert receipt["size"] == info.version.size_bytes
+        assert mount.uploader.receipts(b"moves") == [] and len(mount.uploader.receipts(b"d")) == 1
+
+
 async def test_what_is_deleted_or_renamed_before_its_upload_is_sent_once_or_never(tmp_path: Path) -> None:
     lake = WatchedLake()
     async with mounted(tmp_path, lake, replace(QUICK, delay_s=3600.0)) as mount:

@@ -306,8 +306,29 @@ def test_names_that_the_lake_cannot_hold_are_refused(work: Path) -> None:
         os.mkdir(deep)
     fails_with(errno.ENAMETOOLONG, lambda: (deep / ("f" * 250)).write_bytes(b""))
     fails_with(errno.EINVAL, lambda: (work / "x.rclonelink").write_bytes(b""))
+    os.symlink("target", work / ("s" * 244))
+    fails_with(errno.ENAMETOOLONG, os.symlink, "target", work / ("s" * 245))  # The lake's has eleven more.
+    fails_with(errno.ENAMETOOLONG, os.rename, work / ("s" * 244), work / ("s" * 250))
     (work / ("n" * 255)).write_bytes(b"as long as it may be")
     assert (work / ("n" * 255)).read_bytes() == b"as long as it may be"
+
+
+def test_names_that_the_lake_can_not_hold_are_refused(mount: LiveMount, work: Path) -> None:
+    """Names that are no UTF-8, as of old archives. The mover could not tell that, and ended."""
+    movers = mount.pids()["mover"]
+    (work / "file").write_bytes(b"")
+    for name in (b"\xfe", b"caf\xe9.txt", b"\xed\xa0\x80"):
+        path = os.fsencode(work) + b"/" + name
+        fails_with(errno.EINVAL, os.mkdir, path)
+        fails_with(errno.EINVAL, os.open, path, os.O_CREAT | os.O_WRONLY)
+        fails_with(errno.EINVAL, os.mknod, path)
+        fails_with(errno.EINVAL, os.symlink, "target", path)
+        fails_with(errno.EINVAL, os.rename, work / "file", path)
+        fails_with(errno.ENOENT, os.stat, path)
+        fails_with(errno.ENOENT, os.unlink, path)
+        fails_with(errno.ENOENT, os.rmdir, path)
+    assert os.listdir(work) == ["file"]
+    assert mount.pids()["mover"] == movers
 
 
 # Attributes

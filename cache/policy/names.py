@@ -44,9 +44,11 @@ def check_key(path: bytes, kind: int = KIND_FILE) -> None:
     """Raise NameTooLong or NameRefused if the lake can't hold what is at *path*, a place in the mount."""
     name = path.rsplit(b"/", 1)[-1]
     ending_bytes = {KIND_DIRECTORY: 1, KIND_SYMLINK: len(SYMLINK_SUFFIX)}.get(kind, 0)
-    if len(name) > NAME_BYTES_MAX or len(path) + ending_bytes > KEY_BYTES_MAX:
+    name_bytes = len(name) + (ending_bytes if kind == KIND_SYMLINK else 0)  # As the lake lists it.
+    if name_bytes > NAME_BYTES_MAX or len(path) + ending_bytes > KEY_BYTES_MAX:
         raise NameTooLong(
-            f"{os.fsdecode(path)}: a name has at most {NAME_BYTES_MAX} bytes, a key {KEY_BYTES_MAX}"
+            f"{os.fsdecode(path)}: a name has at most {NAME_BYTES_MAX} bytes, a key {KEY_BYTES_MAX}, of a"
+            f" symlink with {SYMLINK_SUFFIX} behind it"
         )
     if (reason := why_no_key(path, kind)) is not None:
         raise NameRefused(f"{os.fsdecode(path)}: {reason}")
