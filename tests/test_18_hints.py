@@ -32,6 +32,13 @@ def test_a_sampler_is_told_in_one_line(text: bytes) -> None:
     assert hint.sampler == told.ToldSampler("torch", 5, 2, "reseed", world=2, ranks=(0, 1))
 
 
+def test_a_directory_may_stand_above_a_sampler() -> None:
+    for between in (b"\n", b" "):
+        hint = told.parse(b"directory=/data/train" + between + b"sampler=torch seed=5\n")
+        assert hint.directory == b"/data/train"
+        assert hint.sampler == told.ToldSampler("torch", 5, 0, "reseed")
+
+
 def test_lines_of_no_use_are_counted_by_reason() -> None:
     hint = told.parse(b"a\nb\na\n\x00\x01\n" + b"x" * 5000 + b"\n")
     assert hint.paths == [b"a", b"b"]
@@ -59,6 +66,9 @@ def test_a_million_lines_are_read() -> None:
         (b"sampler=torch world=99999999", "ranks go from 0"),
         (b"sampler=torch advance=often", "advance=often: of torch it is one of reseed"),
         (b"sampler=torch\na/b", "a sampler and lines"),
+        (b"sampler=torch seed=0 wrld=3", "unknown: wrld; there are sampler, seed"),
+        (b"directory=/d\nsampler=torch sede=0", "unknown: sede"),
+        (b"directory=/d\nsampler=torch seed=0\na/b", "a sampler and lines"),
         (b'{"sampler": ', "the first line is no JSON object"),
         (b'{"smapler": "torch"}', "unknown: smapler"),
         (b"lines=words\na", "lines=words: must be paths or indices"),

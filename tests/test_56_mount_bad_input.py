@@ -164,6 +164,31 @@ def test_a_cache_that_another_mount_uses(mounting: Mounting, folder: Folder) -> 
     assert mount.read("file") == b"1"
 
 
+def test_what_lies_inside_a_cache_or_another_mount(mounting: Mounting, folder: Folder) -> None:
+    """A cache's files would become objects of the lake, or be taken for a stranger's."""
+    folder.put("file", b"1")
+    mount = mounting.mount(folder.url)
+    second, other = mounting.home / "second", Folder(mounting.home / "other lake")
+    within = mount.cache / "mount"
+    for directory in (second, within):
+        directory.mkdir()
+    fresh = mounting.home / "fresh"
+    inside = "lies inside the cache directory"
+    for lake, directory, cache, said in (
+        (other.url, second, mount.directory / "c", "lies inside the SluiceFS mount"),
+        (other.url, second, mount.cache / "sub", f"--cache {mount.cache / 'sub'}: {inside}"),
+        (other.url, within, fresh, f"{within}': {inside} {mount.cache}"),
+        (str(mount.cache), second, fresh, "is a cache directory of SluiceFS"),
+        (other.url, second / "in", second, f"{second / 'in'}': {inside} {second}"),
+    ):
+        directory.mkdir(exist_ok=True)
+        done = sluice("mount", lake, directory, f"--cache={cache}:64M", *QUICK)
+        assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1, done
+        assert said in done.stderr
+        assert not os.path.ismount(directory) and not fresh.exists()
+    assert os.listdir(mount.directory) == ["file"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 
 from cache.config import CacheDirectory, MountConfig
 from cache.errors import SluiceError, UsageError
+from cache.store import cache_around
 from tools import logs, options
 from tools.option_kinds import format_size
 from tools.options import Values
+from tools.status import find_mount
 
 FUSE_CONF = Path("/etc/fuse.conf")
 
@@ -54,6 +56,10 @@ def check_world(config: MountConfig, values: Values) -> None:
     _check_mountpoint(config.mountpoint, values.positional("mountpoint", "DIR").mention)
     if not config.lake.is_s3:
         _check_apart(config, Path(config.lake.url), values)
+        if (cache := cache_around(Path(config.lake.url))) is not None:
+            mention = values.positional("lake", "LAKE").mention
+            raise UsageError(f"{mention}: {cache} is a cache directory of SluiceFS; name the lake itself")
+    _check_outside_caches(config, values)
     mentions = [mention for _, mention in values.all("cache")] or [
         f"--cache {config.caches[0].path} (default)"
     ]
@@ -102,6 +108,29 @@ def _check_apart(config: MountConfig, lake: Path, values: Values) -> None:
             )
 
 
+def _check_outside_caches(config: MountConfig, values: Values) -> None:
+    """Neither a mount point nor another cache belongs among a cache's own files."""
+    mention = values.positional("mountpoint", "DIR").mention
+    around = [directory.path for directory in config.caches if _within(config.mountpoint, directory.path)]
+    for cache in [*around, cache_around(config.mountpoint)]:
+        if cache is not None:
+            raise UsageError(f"{mention}: lies inside the cache directory {cache}; name one outside of it")
+    for directory in config.caches:
+        cache = cache_around(directory.path.parent)
+        if cache is not None:
+            raise UsageError(
+                f"--cache {directory.path}: lies inside the cache directory {cache}; name one outside of it"
+            )
+
+
+def _mount_around(path: Path) -> Path | None:
+    """Return the SluiceFS mount that *path* lies in, None if it lies in none."""
+    try:
+        return find_mount(str(path))[0]
+    except UsageError:
+        return None
+
+
 def _within(path: Path, parent: Path) -> bool:
     return path == parent or parent in path.parents
 
@@ -112,6 +141,8 @@ def _check_cache(directory: CacheDirectory, mention: str, free_min_bytes: int, k
     try:
         while not os.path.lexists(place):
             place = place.parent
+        if (mount := _mount_around(place)) is not None:
+            raise UsageError(f"{mention}: lies inside the SluiceFS mount {mount}; name a directory on a disk")
         if not place.is_dir():
             raise UsageError(f"{mention}: {place} is not a directory; name a directory")
         if not os.access(place, os.W_OK | os.X_OK):

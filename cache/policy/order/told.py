@@ -37,6 +37,7 @@ _KEYS = (
     "directory",
 )
 _WORD = re.compile(rb"(%s)=(\S*)" % "|".join(_KEYS).encode())
+_SAMPLER = b"sampler="  # What begins with it is no path.
 _RUBBISH = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 
 
@@ -77,6 +78,9 @@ def parse(text: bytes) -> Hint:
     """Return what *text* says. Raises UsageError, without the file's name, when that is nothing."""
     first, _, rest = text.partition(b"\n")
     head = _read_head(first.strip())
+    if head is not None and rest.startswith(_SAMPLER):
+        more, _, rest = rest.partition(b"\n")
+        head |= _read_head(more.strip()) or {}
     hint = Hint() if head is None else Hint(sampler=_read_sampler(head), count=_integer(head, "count"))
     if head is not None and "directory" in head:
         hint.directory = os.fsencode(str(head["directory"]))
@@ -99,8 +103,8 @@ def _read_head(line: bytes) -> dict[str, Any] | None:
             head = json.loads(line)
         except ValueError as error:
             raise UsageError(f"the first line is no JSON object ({error})") from error
-    elif line and all(_WORD.fullmatch(word) for word in line.split()):
-        head = dict(word.decode(errors="replace").split("=", 1) for word in line.split())
+    elif line.startswith(_SAMPLER) or (line and all(_WORD.fullmatch(word) for word in line.split())):
+        head = dict(word.decode(errors="replace").partition("=")[::2] for word in line.split())
     else:
         return None
     unknown = set(head) - set(_KEYS)
