@@ -13,10 +13,9 @@ from pathlib import Path
 
 from cache.config import MountConfig
 from cache.errors import CacheError, UsageError
+from cache.format import FORMAT
 from cache.index import remove_index
 
-FORMAT = "sluicefs-cache 2"  # 1 had blocks of 128 KiB.
-_KIND = b"sluicefs-cache "
 _POWER_LOST = "power-lost"  # A file, there from a power loss until its recovery was finished.
 _UNPROVEN = (
     "unproven"  # A file, there until the lake has answered once: another may take its place till then.
@@ -72,17 +71,6 @@ def open_store(config: MountConfig) -> CacheStore:
         for fd in fds:
             os.close(fd)
         raise
-
-
-def cache_around(path: Path) -> Path | None:
-    """Return the cache directory that *path* is, or lies in; None if there is none."""
-    for directory in (path, *path.parents):
-        try:
-            if (directory / "format").read_bytes()[: len(_KIND)] == _KIND:
-                return directory
-        except OSError:
-            continue
-    return None
 
 
 def open_to_check(directories: list[Path]) -> CacheStore:

@@ -112,6 +112,7 @@ received, answering = pathlib.Path({received!r}), supervisor._become_worker
 def worker(mount, operations, row):
     if received.exists():
         answering(mount, operations, row)
+    mount.shared.counters.row(row).set("receives", 1)
     select.select([mount.device], [], [])
     os.read(mount.device, 1 << 21)
     received.touch()

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from cache.config import CacheDirectory, MountConfig
 from cache.errors import SluiceError, UsageError
-from cache.store import cache_around
+from cache.format import cache_around
 from tools import logs, options
 from tools.option_kinds import format_size
 from tools.options import Values
