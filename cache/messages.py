@@ -188,7 +188,7 @@ class Settle(msgspec.Struct, tag=22, array_like=True):
 
 
 class Notifies(msgspec.Struct, tag=23, array_like=True):
-    """Who asks is the notifier: it gets each Invalidate. Not answered."""
+    """Who asks is the notifier, and ready for the next Invalidate. Not answered otherwise."""
 
 
 class AwaitRoom(msgspec.Struct, tag=21, array_like=True):

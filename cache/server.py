@@ -29,15 +29,21 @@ log = logging.getLogger(__name__)
 
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED.
 _RECEIVE_BYTES = 256 << 10
+_CHANGED_AT_ONCE, _CHANGED_MAX = 1000, 100_000
 
 
 class WorkerConnections:
     """Serves every worker's connection; one task for each request under way."""
 
-    def __init__(self, mover: Mover, nursery: trio.Nursery) -> None:
-        """*nursery*: where requests are carried out, to their end even if their worker dies."""
+    def __init__(self, mover: Mover, nursery: trio.Nursery, is_orphaned: Callable[[], bool]) -> None:
+        """*nursery*: where requests are carried out, to their end even if their worker dies.
+
+        *is_orphaned*: whether the supervisor is gone, and the notifier with it.
+        """
         self._mover = mover
         self._nursery = nursery
+        self._is_orphaned = is_orphaned
+        self._changed: dict[tuple[int, bytes], None] = {}  # What the kernel is to forget, oldest first.
         self._connections: list[WorkerConnection] = []
 
     @property
@@ -46,7 +52,7 @@ class WorkerConnections:
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection until the worker closes it."""
-        connection = WorkerConnection(stream, self._mover, self._nursery)
+        connection = WorkerConnection(stream, self._mover, self._nursery, self._tell)
         self._connections.append(connection)
         try:
             await connection.run()
@@ -59,20 +65,34 @@ class WorkerConnections:
             await trio.aclose_forcefully(stream)
 
     async def tell_changes(self, changes: trio.MemoryReceiveChannel[Changed]) -> None:
-        """Pass on, for the kernel, which entries show something else now.
-
-        To the notifier; to a worker where there is none: it ends with the supervisor.
-        """
+        """Pass on, for the kernel, which entries show something else now, as the notifier asks for them."""
         async for changed in changes:
             self._mover.keeper.names_changed()
-            entries = [(int(parent), name) for parent, name in changed]
-            for connection in sorted(self._connections, key=lambda it: not it.notifies)[:1]:
-                await connection.send(messages.Invalidate(entries))
+            self._changed |= dict.fromkeys((int(parent), name) for parent, name in changed)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell what changed, if somebody is ready for it; else it is kept, up to `_CHANGED_MAX` of it."""
+        ready = next((it for it in self._connections if it.is_ready), None)
+        if ready is None and self._is_orphaned():  # Nobody replaces a worker any more.
+            ready = next(iter(self._connections), None)
+        if ready is not None and self._changed:
+            ready.is_ready = False
+            entries = list(self._changed)[:_CHANGED_AT_ONCE]
+            for entry in entries:
+                del self._changed[entry]
+            ready.send(messages.Invalidate(entries))
+        for entry in list(self._changed)[: max(0, len(self._changed) - _CHANGED_MAX)]:
+            del self._changed[entry]  # The kernel asks for it again after the ttl.
 
 
 class WorkerConnection:
-    def __init__(self, stream: trio.SocketStream, mover: Mover, requests: trio.Nursery) -> None:
-        self.notifies = False  # It is the notifier's.
+    def __init__(
+        self, stream: trio.SocketStream, mover: Mover, requests: trio.Nursery, on_ready: Callable[[], None]
+    ) -> None:
+        self.notifies = False  # It is the notifier's,
+        self.is_ready = False  # which waits for what it is to tell. Then *on_ready* is called.
+        self._on_ready = on_ready
         self._stream = stream
         self._requests = requests
         self._mover = mover
@@ -96,7 +116,8 @@ class WorkerConnection:
 
     def _begin(self, asked: messages.Asked) -> None:
         if isinstance(asked.request, messages.Notifies):
-            self.notifies = True
+            self.notifies = self.is_ready = True
+            self._on_ready()
             return
         try:
             put = partial(self._put, asked.number)
@@ -119,7 +140,7 @@ class WorkerConnection:
         if self._out:
             self._wake.set()
 
-    async def send(self, message: messages.FromMover) -> None:
+    def send(self, message: messages.FromMover) -> None:
         self._out += messages.frame(message)
         self._wake.set()
 
@@ -243,8 +264,9 @@ async def serve_mover(
 
     async def serve(mover: Mover, changes: trio.MemoryReceiveChannel[Changed]) -> None:
         async with trio.open_nursery() as nursery:
-            connections = WorkerConnections(mover, nursery)
-            admin = Admin(mover, shared.features, os.getppid() if config.workers else os.getpid())
+            supervisor = os.getppid()
+            connections = WorkerConnections(mover, nursery, lambda: os.getppid() != supervisor)
+            admin = Admin(mover, shared.features, supervisor if config.workers else os.getpid())
             mover.control_files.stats = admin.status
             nursery.start_soon(connections.tell_changes, changes)
             nursery.start_soon(_accept, nursery, listeners.workers, connections.serve)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import msgspec
@@ -43,6 +44,7 @@ from cache.uploading import Receipt
 log = logging.getLogger(__name__)
 
 _RECEIPTS_MAX = 10_000
+_RECEIPTS_AT_ONCE = 50  # Of each the index is asked four times, 25 us in all.
 _RECOUNT_S = 1.0  # Who drains counts again so often, also while nothing ends,
 _COUNT_SHARE = 20  # and at most for this part of the time: there may be very many rows.
 replace = msgspec.structs.replace
@@ -205,28 +207,20 @@ class Uploader:
             return OPEN
         return "waiting"
 
-    def receipts(self, prefix: bytes = b"") -> list[dict[str, object]]:
-        """Return what was stored last of each file that is at or below *prefix* now, oldest first."""
-        below, found = prefix.rstrip(b"/") + b"/" if prefix else b"", []
-        for inode, receipt in list(self._receipts.items()):
+    async def receipts(self, below: Collection[bytes] = (b"",)) -> list[dict[str, object]]:
+        """Return what was stored last of each file that is at or below one of these paths, oldest first."""
+        found = []
+        for number, (inode, receipt) in enumerate(list(self._receipts.items())):
+            if number % _RECEIPTS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
             node = self._index.node(inode)
             if node is None or self._index.is_detached(inode):
-                del self._receipts[inode]  # Removed, or another's by now.
-                continue
-            path = self._index.path_of(inode)
-            if path != prefix and not path.startswith(below):
-                continue
-            is_clean = node.etag and not node.staged  # Else it is open still.
-            found.append(
-                {
-                    "path": os.fsdecode(path),
-                    "key": os.fsdecode(self._index.key_of(inode) if is_clean else receipt.key),
-                    "etag": node.etag if is_clean else receipt.etag,
-                    "size": receipt.size_bytes,
-                    "checksum": receipt.checksum,
-                    "time": receipt.stored_at_s,
-                }
-            )
+                self._receipts.pop(inode, None)  # Removed, or another's by now.
+            elif not set(_ancestry(path := self._index.path_of(inode))).isdisjoint(below):
+                is_clean = node.etag and not node.staged  # Else it is open still.
+                if is_clean:  # It may have been moved in the lake since.
+                    receipt = dataclasses.replace(receipt, key=self._index.key_of(inode), etag=node.etag)
+                found.append(_told(receipt, path))
         return found
 
     def _keep_receipt(self, receipt: Receipt) -> None:
@@ -305,6 +299,25 @@ class Uploader:
         self._dispatcher.wake()
         if entry is not None:
             await self._refresh_entry(Inode(entry[0]), entry[1])
+
+
+def _told(receipt: Receipt, path: bytes) -> dict[str, object]:
+    return {
+        "path": os.fsdecode(path),
+        "key": os.fsdecode(receipt.key),
+        "etag": receipt.etag,
+        "size": receipt.size_bytes,
+        "checksum": receipt.checksum,
+        "time": receipt.stored_at_s,
+    }
+
+
+def _ancestry(path: bytes) -> Iterator[bytes]:
+    """Yield *path* and all directories above it, b"" last."""
+    while path:
+        yield path
+        path = path.rpartition(b"/")[0]
+    yield b""
 
 
 def _is_at(row: Pending, path: bytes | None) -> bool:

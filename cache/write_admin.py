@@ -85,7 +85,7 @@ class WriteAdmin:
             await self._drain(uploader, path, progress)
         entries = [entry for entry in uploader.queue() if entry["state"] in _FAILED]
         return {
-            "receipts": [receipt for path in wanted for receipt in uploader.receipts(path)],
+            "receipts": await uploader.receipts({path.rstrip(b"/") for path in wanted}),
             "errors": await self._missing(below)
             + [
                 {"path": entry["path"], "error": f"{entry['state']}: {entry['error']}"}

@@ -12,12 +12,14 @@ import shutil
 import socket
 import struct
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from cache.errors import SluiceError, UsageError
 
 FILESYSTEM_TYPE = "fuse.sluice"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MNT_FORCE, _MNT_DETACH = 1, 2, 4, 1, 2
+_CONNECTIONS = Path("/sys/fs/fuse/connections")  # Documentation/filesystems/fuse.rst
 _NOTIFY_RESEND = struct.pack("=IiQ", 16, 7, 0)  # linux/fuse.h: FUSE_NOTIFY_RESEND, kernel 6.9.
 _INVALIDATE_ENTRY = struct.Struct(
     "=IiQQII"
@@ -83,10 +85,10 @@ def _mount_with_helper(source: str, mountpoint: Path, *, read_only: bool, allow_
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     """Unmount. Raises OSError: EBUSY while files are open there, EINVAL if nothing is mounted.
 
-    *lazy*: detach it where files are open; as root all requests that wait for an answer fail then, at once.
+    *lazy*: detach it where files are open.
     """
     if os.geteuid() == 0:
-        if _libc.umount2(str(mountpoint).encode(), _MNT_FORCE | _MNT_DETACH if lazy else 0):
+        if _libc.umount2(str(mountpoint).encode(), _MNT_DETACH if lazy else 0):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), str(mountpoint))
         return
@@ -95,6 +97,20 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     if result.returncode:
         code = errno.EBUSY if "busy" in result.stderr else errno.EINVAL
         raise OSError(code, os.strerror(code), str(mountpoint))
+
+
+def cut_off(mountpoint: Path) -> None:
+    """Detach the mount where files are open, and have all requests fail: nobody will answer any more.
+
+    Else who waits for an answer keeps the notifier waiting for him, that the device open, and the device him.
+    Without root it takes the control file system of FUSE, where the file is the user's who mounted.
+    """
+    connection = _device_number(mountpoint).rpartition(":")[2]
+    if os.geteuid() != 0 or _libc.umount2(str(mountpoint).encode(), _MNT_FORCE | _MNT_DETACH):
+        with suppress(OSError):
+            unmount(mountpoint, lazy=True)
+        with suppress(OSError):
+            (_CONNECTIONS / connection / "abort").write_text("1")
 
 
 def resend_requests(device: int) -> bool:

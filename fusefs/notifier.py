@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _RECONNECT_S = 0.05
 _RECEIVE_BYTES = 64 << 10
+_READY = messages.frame(messages.Asked(0, messages.Notifies()))
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -38,17 +39,17 @@ def run(fuse_device: int, mover_socket: Path, supervisor: int) -> None:
         with socket.socket(socket.AF_UNIX) as mover:
             try:
                 mover.connect(str(mover_socket))
-                mover.sendall(messages.frame(messages.Asked(0, messages.Notifies())))
                 if not _pass_on(mover, fuse_device):
                     return
             except OSError:
-                pass  # The mover is gone, and what it had to say is not known any more: see `ttl`.
+                pass  # The mover is gone. What it had yet to say the kernel learns after the ttl.
         time.sleep(_RECONNECT_S)
 
 
 def _pass_on(mover: socket.socket, fuse_device: int) -> bool:
     """Return False once the mount is gone, True once the mover is."""
     reader = messages.FrameReader()
+    mover.sendall(_READY)
     while received := mover.recv(_RECEIVE_BYTES):
         for packed in reader.feed(received):
             message = messages.decode_from_mover(packed)
@@ -56,4 +57,5 @@ def _pass_on(mover: socket.socket, fuse_device: int) -> bool:
             for parent, name in message.entries:
                 if not device.invalidate_entry(fuse_device, parent, name):
                     return False
+            mover.sendall(_READY)
     return True

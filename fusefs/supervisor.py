@@ -47,6 +47,7 @@ _SIGNALS = {signal.SIGCHLD, *_STOP_SIGNALS}
 _RESTART_S_MAX = 5.0
 _LIVED_LONG_S = 10.0
 _END_S_MAX = 5.0  # A killed process takes far less.
+_SIGNAL_S = 2.0  # So long a process may take to end that was told to.
 
 
 @dataclass
@@ -137,7 +138,8 @@ def _run(mount: Mount, announce: Callable[[], None]) -> int:
         ]
         for child in mount.children:
             _start(mount, child)
-        mount.children += [mover, Child("notifier", 0, lambda: _become_notifier(mount))]
+        supervisor = os.getpid()
+        mount.children += [mover, Child("notifier", 0, lambda: _become_notifier(mount, supervisor))]
         _start(mount, mount.children[-1])
         _watch(mount, announce)
     finally:
@@ -224,14 +226,17 @@ def _become_worker(mount: Mount, operations: ControlOperations, row: int) -> NoR
     os._exit(status)
 
 
-def _become_notifier(mount: Mount) -> NoReturn:
-    """Be the notifier from here on, in a forked child."""
+def _become_notifier(mount: Mount, supervisor: int) -> NoReturn:
+    """Be the notifier from here on, in a forked child. It may outlive the mount, but not hold the cache."""
+    mount.store.release()
+    for listening in (mount.listeners.workers, mount.listeners.control):
+        listening.close()
     _forget_signals()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     mount.shared.counters.row(0).set("notifier_pid", os.getpid())
     status = 1
     try:
-        notifier.run(mount.device, mover_process.worker_socket_path(mount.config), os.getppid())
+        notifier.run(mount.device, mover_process.worker_socket_path(mount.config), supervisor)
         status = 0
     except BaseException:
         log.exception("the notifier ends")
@@ -431,27 +436,29 @@ def _unmount(mount: Mount) -> bool:
         return True
     except OSError as error:
         log.warning("%s: %s; detached, open files are cut off", mount.config.mountpoint, error.strerror)
-        with suppress(OSError):
-            device.unmount(mount.config.mountpoint, lazy=True)
+        device.cut_off(mount.config.mountpoint)
         return False
 
 
 def _end(children: list[Child], with_signal: int, patience_s: float) -> None:
     """Wait for children to end by themselves; signal those that take longer. Leaves what no signal ends."""
-    deadline_s = time.monotonic() + patience_s
-    signals = [with_signal, signal.SIGKILL]
-    for child in children:
-        while child.pid:
-            pid, _ = os.waitpid(child.pid, os.WNOHANG)
-            if pid:
+    for number, wait_s in ((with_signal, patience_s), (signal.SIGKILL, _SIGNAL_S), (None, _SIGNAL_S)):
+        _await_ends(children, wait_s)
+        for child in children:
+            if child.pid and number is not None:
+                os.kill(child.pid, number)
+            elif child.pid:
+                log.error("%s (process %d) does not end: a disk does not answer", child.name, child.pid)
+
+
+def _await_ends(children: list[Child], wait_s: float) -> None:
+    """Return once all have ended, or *wait_s* have passed."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        for child in children:
+            if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:
                 child.pid = 0
-            elif time.monotonic() > deadline_s and not signals:
-                log.error(
-                    "%s (process %d) does not end: it waits for a disk or the kernel", child.name, child.pid
-                )
-                break
-            elif time.monotonic() > deadline_s:
-                os.kill(child.pid, signals.pop(0))
-                deadline_s = time.monotonic() + 2
-            else:
-                signal.sigtimedwait({signal.SIGCHLD}, 0.05)
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0 or not any(child.pid for child in children):
+            return
+        signal.sigtimedwait({signal.SIGCHLD}, min(left_s, 0.05))

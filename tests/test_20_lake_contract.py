@@ -209,7 +209,7 @@ def test_pieces_add_up_to_the_range(lake: Lake) -> None:
     content = random.Random(2).randbytes(1_300_000)
     version = lake.put("sample", memoryview(content)).version
     for offset, length in [(0, 1), (0, 1_300_000), (131_072, 1_048_576), (7, 300_000)]:
-        pieces = [bytes(piece) for piece in lake.get_pieces(version, offset, length)]
+        pieces = list(lake.get_pieces(version, offset, length))  # Kept: none is to change meanwhile.
         assert all(pieces) and b"".join(pieces) == content[offset : offset + length]
 
 

@@ -88,11 +88,11 @@ async def test_receipts_tell_what_the_lake_acknowledged(tmp_path: Path) -> None:
         await mount.put("d/a", SMALL)
         await mount.put("b", b"")
         await mount.drain()
-        (receipt,) = mount.uploader.receipts(b"d")
+        (receipt,) = await mount.uploader.receipts([b"d"])
         info = lake.head("d/a")
         assert (receipt["path"], receipt["key"], receipt["etag"]) == ("d/a", "d/a", info.version.etag)
         assert (receipt["size"], receipt["checksum"]) == (len(SMALL), info.metadata["sluice-checksum"])
-        assert {receipt["path"] for receipt in mount.uploader.receipts()} == {"d/a", "b"}
+        assert {receipt["path"] for receipt in await mount.uploader.receipts()} == {"d/a", "b"}
 
 
 async def test_receipts_are_of_what_is_there_under_its_name_of_now(tmp_path: Path) -> None:
@@ -106,13 +106,15 @@ async def test_receipts_are_of_what_is_there_under_its_name_of_now(tmp_path: Pat
         await mount.rename("moves", "d/moved")
         await mount.rename("stays", "replaced")
         await mount.drain()
-        found = {str(receipt["path"]): receipt for receipt in mount.uploader.receipts()}
+        found = {str(receipt["path"]): receipt for receipt in await mount.uploader.receipts()}
         assert set(found) == {"d/moved", "replaced"}
         for path, receipt in found.items():
             info = lake.head(path)
             assert (receipt["key"], receipt["etag"]) == (path, info.version.etag)
             assert receipt["size"] == info.version.size_bytes
-        assert mount.uploader.receipts(b"moves") == [] and len(mount.uploader.receipts(b"d")) == 1
+        assert await mount.uploader.receipts([b"moves", b"stay"]) == []
+        assert len(await mount.uploader.receipts([b"d"])) == 1
+        assert len(await mount.uploader.receipts([b"d/moved", b"replaced", b"d"])) == 2
 
 
 async def test_what_is_deleted_or_renamed_before_its_upload_is_sent_once_or_never(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -139,3 +141,48 @@ def test_a_worker_or_notifier_that_the_kernel_sent_away_ends_the_mount(made: Sup
     assert made.mount.unmounted
     made.dies("worker 1")
     assert made.start_due() == []
+
+
+def child_process(ignores: bool, ready: int) -> int:
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.write(ready, b".")
+        while True:
+            signal.pause()
+    return pid
+
+
+@pytest.mark.parametrize("ignores", [0, 2, 5])
+def test_all_children_are_told_to_end_and_those_that_do_not_are_killed(
+    monkeypatch: pytest.MonkeyPatch, ignores: int
+) -> None:
+    monkeypatch.setattr(supervisor, "_SIGNAL_S", 0.3)
+    reading, writing = os.pipe()
+    children = []
+    for number in range(1, 6):
+        pid = child_process(number <= ignores, writing)
+        children.append(Child(f"worker {number}", number, lambda: None, pid=pid))  # type: ignore[arg-type,return-value]
+    pids = [child.pid for child in children]
+    for _ in children:
+        os.read(reading, 1)
+    supervisor._end(children, signal.SIGTERM, patience_s=0)
+    assert [child.pid for child in children] == [0] * 5
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_what_no_signal_ends_is_told_of_and_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(supervisor, "_SIGNAL_S", 0.0)
+    monkeypatch.setattr(supervisor.os, "kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(supervisor.os, "waitpid", lambda pid, options: (0, 0))
+    supervisor._end([Child("worker 1", 1, lambda: None, pid=7)], signal.SIGTERM, patience_s=0)  # type: ignore[arg-type,return-value]
+    assert killed == [(7, signal.SIGTERM), (7, signal.SIGKILL)]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]

@@ -84,8 +84,8 @@ class Lake(Protocol):
     def get_pieces(self, version: ObjectVersion, offset: int, length: int) -> Iterator[Body]:
         """Yield the same bytes in order, in pieces of any size, as they arrive. Raises as `get_range` does.
 
-        It may raise after some pieces: what was yielded counts only once all has been. A piece is valid until
-        the next one is asked for.
+        It may raise after some pieces: what was yielded counts only once all has been. A piece stays as
+        it is for as long as somebody has it: several are written at once.
         """
 
     def put(
