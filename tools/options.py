@@ -74,7 +74,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
-        if unknown:
+        if unknown and not unknown[1].startswith("-"):
+            message = f"{unknown[1]}: one argument too many for `{self.prog}`"
+        elif unknown:
             near = closest(unknown[1].split("=")[0], list(self._option_string_actions))
             message = f"{unknown[1]}: not an option of `{self.prog}`{near}"
         raise UsageError(f"{message} (see `{self.prog} --help`)")
@@ -82,8 +84,9 @@ class Parser(argparse.ArgumentParser):
 
 def closest(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean X?" for the nearest of *known*, or ""."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    bare = {name.lstrip("-"): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.6)
+    return f"; did you mean {bare[near[0]]}?" if near else ""
 
 
 _CACHE_DEFAULT = "half of what is free below ~/.cache/sluice (root: /var/cache/sluice)"
