@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from cache import control
 from tests.memory_s3 import MemoryS3
 from tests.mounting import (
     Folder,
@@ -346,3 +347,14 @@ def test_two_mounts_of_one_lake_live_side_by_side(mounting: Mounting, folder: Fo
     one.unmount()
     assert two.read_anew("file") == content(50_000)
     assert two.status()["mountpoint"] == str(two.directory)
+
+
+def test_sync_and_retry_of_what_is_not_there_or_not_written(mounting: Mounting, folder: Folder) -> None:
+    """A mistyped path is not to pass for durable; who names none is not refused for a read-only mount."""
+    folder.put("d/file", b"1")
+    mount = mounting.mount(folder.url)
+    assert control.call(mount.directory, "retry", paths=[]) == {"retried": 0}
+    done = sluice("sync", mount.directory / "d/fiel")
+    assert (done.returncode, done.stdout) == (1, "") and "no such file" in done.stderr
+    done = sluice("sync", mount.directory / "d/file")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
